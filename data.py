@@ -186,7 +186,7 @@ class Manifest:
             row["audio"] = os.path.join(os.path.dirname(self.paths[k]), row["audio"])
         return row
 
-    rows = property(lambda self: self)    # rows[i], len(rows), for row in rows
+    files = property(lambda self: self.paths)    # all that it is read from
 
     def seconds(self):
         """(lengths in seconds, [(row, reason)] of those that cannot be used); opens headers, once, where not stated."""
@@ -287,6 +287,8 @@ class Mixture(Manifest):
         self.path, (self.groups, paths, self.max_epochs) = path, zip(*sources)
         super().__init__(*paths)
 
+    files = property(lambda self: (self.path, *self.paths))
+
     @functools.cached_property
     def usable(self):
         """[row numbers that can be used] of each source."""
@@ -338,6 +340,15 @@ def open_source(path):
     return Mixture(path) if path.endswith(".json") else Manifest(path)
 
 
+def fingerprint(source):
+    """Hex digest of what the plan of a stage follows from: the source's files and the lengths of its audio."""
+    found = hashlib.sha256(source.seconds()[0].tobytes())
+    for path in source.files:
+        with open(path, "rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
 # What has to be heard, the question, and every possible answer. Chance is one over their number.
 TONES = {
     "louder": ("Which half is louder?", ("first", "last")),
@@ -354,6 +365,8 @@ class Tones:
     """Made sounds with a question that only the sound answers; row i of a split is the same on every machine.
 
     split  "train" or "heldout", drawn from separate random streams;  n: number of rows"""
+
+    files = ()
 
     def __init__(self, split, n, kinds=tuple(TONES)):
         self.split, self.n, self.kinds = ("train", "heldout").index(split), n, tuple(kinds)

@@ -6,15 +6,18 @@ import http.server
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import types
+import unittest.mock
 import warnings
 import zlib
 
@@ -51,14 +54,18 @@ def noise(seconds, seed=0):
     return 0.1 * torch.randn(round(seconds * 16000), generator=torch.Generator().manual_seed(seed))
 
 
+def run_path(program, args):
+    sys.argv = [program, *map(str, args)]
+    runpy.run_path(os.path.join(HERE, program), run_name="__main__")
+
+
 def run(program, *args, fails=False):
     """Runs one of our programs here (starting Python and its imports takes 4 s) -> what it printed. fails: it must end in
     one line that says why, and a status that is not 0."""
     out, err, status, argv, handler = io.StringIO(), io.StringIO(), 0, sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = [program, *map(str, args)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(os.path.join(HERE, program), run_name="__main__")
+            run_path(program, args)
     except SystemExit as e:
         status = e.code or 0
     except (InputError, experts.ExpertUnavailable) as e:    # what one_line_errors prints, see the next function
@@ -73,10 +80,42 @@ def run(program, *args, fails=False):
     return err.getvalue() if fails else out.getvalue()
 
 
-def start(*command, threads=torch.get_num_threads()):
-    """The same in a process of its own. Sums depend on the number of threads in their last bit, so it is the same here."""
-    return subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+def python(*command):
+    """(stdout, stderr, status) of a Python of its own."""
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=HERE, timeout=100)
+    return done.stdout, done.stderr, done.returncode
+
+
+# Processes of a server that has the imports done: a fork of this one, which has used its threads, could not train.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["test_all"])
+
+
+def train_process(log, args, env, kill_in_save):
+    multiprocessing.set_start_method("fork", force=True)    # of data processes, as anywhere else
+    os.environ.update(env)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    saves, save = [], safetensors.torch.save_model
+
+    def counted_save(*args):    # of the heads, when the adapter is written and the optimizer is not
+        saves.append(args)
+        os.kill(os.getpid(), signal.SIGKILL) if len(saves) == kill_in_save else save(*args)
+
+    safetensors.torch.save_model = counted_save
+    run_path("train.py", args)
+
+
+def start_train(log, *args, kill_in_save=None, **env):
+    """train.py in a process of its own, which prints to the file `log`."""
+    process = PROCESSES.Process(target=train_process, args=(str(log), args, env, kill_in_save))
+    process.start()
+    return process
+
+
+def ended(process, log, status=0):
+    process.join(100)
+    assert process.exitcode == status, open(log).read()[-2000:]
 
 
 @pytest.fixture(scope="session")
@@ -413,7 +452,7 @@ def test_adapter_reloaded_merged_and_in_plain_peft_and_plain_transformers_says_t
         code = f"""import torch; from model import load_coat
 coat, batch = load_coat(adapter={str(tmp_path / "adapter")!r}), torch.load({str(tmp_path / "batch.pt")!r}, weights_only=True)
 print(torch.stack(list(coat.stream(batch, 8, stop=False)), 1).tolist())"""
-        assert json.loads(start("-c", code).communicate(timeout=60)[0]) == want.tolist()
+        assert json.loads(python("-c", code)[0]) == want.tolist()
 
     lm, processor = load_backbone(coat.name, hub[coat.name])
     model.add_think_tokens(lm, processor.tokenizer)
@@ -843,9 +882,8 @@ def test_bad_audio_is_refused_with_its_name_and_a_remedy(bad_clips, tmp_path):
 
 
 def test_error_ends_a_program_in_one_line_without_traceback(bad_clips, tmp_path):
-    process = start("infer.py", "ask", "tiny", tmp_path / "text.wav", "--question", "?")
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and not out and len(err.splitlines()) == 1
+    out, err, status = python("infer.py", "ask", "tiny", tmp_path / "text.wav", "--question", "?")
+    assert status == 1 and not out and len(err.splitlines()) == 1
     assert err.startswith("error: cannot decode") and "text.wav" in err
     assert "missing.wav" in run("infer.py", "ask", "tiny", tmp_path / "missing.wav", "--question", "?", fails=True)
 
@@ -1026,8 +1064,8 @@ def test_manifest_and_tones_are_drawn_as_before(mixture):
 
 def test_rows_of_all_sources_load_and_paths_are_relative_to_their_manifest(mixture, tmp_path):
     assert mixture[0]["audio"] == str(tmp_path / "0.wav") and mixture[500]["audio"] == str(tmp_path / "deep/0.wav")
-    assert [row["task"] for row in mixture.rows] == ["a"] * 500 + ["deep/b"] * 40 + ["c"] * 300 + ["text"] * 70
-    assert len(mixture.rows) == 910 and mixture.rows[-1 + 910]["response"] == "69"
+    assert [row["task"] for row in mixture] == ["a"] * 500 + ["deep/b"] * 40 + ["c"] * 300 + ["text"] * 70
+    assert len(mixture) == 910 and mixture[-1 + 910]["response"] == "69"
     row = mixture.load(845)
     assert row["audio"] is None and "wave" not in row and mixture.seconds()[0][845] == 0
     soundfile.write(tmp_path / "deep/0.wav", np.zeros(16000), 16000)
@@ -1383,27 +1421,11 @@ def test_ask_answers_from_a_run_and_the_printed_command_works(trained):
     assert told["prompt_tokens"] == base["prompt_tokens"] + told["n_audio"] + 2
 
 
-def test_killed_and_resumed_run_logs_the_same_losses_bit_for_bit(tmp_path):
-    flags = ["--data", os.path.join(HERE, "assets", "clips.jsonl"), *SHORT[:8], "--workers", 1, "--save-every", 3]
-    run("train.py", *flags, "--out", tmp_path / "whole")
-    process = start("train.py", *flags, "--out", tmp_path / "killed")
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            process.kill()
-    process.wait()
-    assert not os.path.exists(tmp_path / "killed" / "checkpoint-8") and os.path.exists(tmp_path / "killed" / "checkpoint-3")
-    run("train.py", "--resume", tmp_path / "killed")
-    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
-    assert logged(tmp_path / "killed", "step") == list(range(1, 9))
-    assert "--lr (was 0.002, now 1.0)" in run("train.py", "--resume", tmp_path / "killed", "--lr", 1, fails=True)
-    os.remove(tmp_path / "killed" / "checkpoint-8" / "adapter_model.safetensors")
-    assert "adapter_model.safetensors" in run("train.py", "--resume", tmp_path / "killed", fails=True)
-
-
 def test_all_five_experts_train_together_and_a_missing_teacher_stops_before_the_first_step(tmp_path):
     flags = ["--data", "tones:note", "--stage", "2:all", "--batch", 2, "--calibrate", 2, "--workers", 0, "--heldout", 0]
-    process = start("train.py", *flags, "--random-teachers", "--out", tmp_path / "all")    # not here: it takes 2 GB
-    assert process.communicate(timeout=100)[1].count("RANDOM WEIGHTS") == 3 and process.returncode == 0
+    log = tmp_path / "log"
+    ended(start_train(log, *flags, "--random-teachers", "--out", tmp_path / "all"), log)    # not here: it takes 2 GB
+    assert log.read_text().count("RANDOM WEIGHTS") == 3
     first, second = (json.loads(line) for line in open(tmp_path / "all" / "log.jsonl"))
     for term in ("recon", "speech", "sound", "affect", "pitch", "pitch_aux"):
         assert 0 < second[term] != first[term] > 0
@@ -1452,16 +1474,86 @@ def test_checkpointing_changes_no_step(tmp_path):
     np.testing.assert_allclose(logged(tmp_path / "flags"), logged(tmp_path / "plain"), rtol=1e-6)
 
 
-def test_two_ranks_and_micro_batches_take_the_same_steps_as_one(tmp_path):
-    two = start("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29533, "train.py", *SHORT,
-                "--out", tmp_path / "two", threads=1)
-    run("train.py", *SHORT, "--out", tmp_path / "one")
-    run("train.py", *SHORT, "--out", tmp_path / "micro", "--micro-batch", 1)
-    assert two.wait(timeout=100) == 0, two.stderr.read()[-2000:]
-    for other in ("micro", "two"):
-        for key in ("loss", "ce", "grad_norm"):
-            np.testing.assert_allclose(logged(tmp_path / other, key), logged(tmp_path / "one", key), rtol=2e-3)
-            np.testing.assert_allclose(logged(tmp_path / other, key)[0], logged(tmp_path / "one", key)[0], rtol=1e-5)
+def two_ranks(log, *args, **kwargs):
+    """Two processes of train.py as torchrun would start them, in fewer seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [start_train(f"{log}{rank}", *args, RANK=str(rank), **env, **(kwargs if rank == 0 else {})) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="session")
+def mixed_runs(tmp_path_factory):
+    """(flags, folder) with runs of four steps, two stages and two ranks in whole/ and killed/. The rows are uneven in all
+    ways: at first rank 0 gets text alone, then rank 1 a clip of NaN."""
+    folder = tmp_path_factory.mktemp("mixed")
+    audio = [wav(folder, f"{i}.wav", noise(0.4 + 0.17 * i, i).numpy()) for i in range(9)]
+    audio.append(wav(folder, "nan.wav", np.full(32000, np.nan), subtype="FLOAT"))
+    rows = [{"audio": None, "prompt": "Say " + "it " * i, "response": "yes"} for i in range(6)]
+    rows += [{"audio": path, "prompt": "What?", "response": "noise " * i + "!"} for i, path in enumerate(audio)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--data", folder / "rows.jsonl", "--stage", "2:recon,pitch", "--stage", "2:recon", "--batch", 8, "--calibrate", 8,
+             "--save-every", 1, "--keep", 9, "--workers", 1]
+    assert (plan_stage(Manifest(str(folder / "rows.jsonl")), 2, 8, 0, 0)[0] < 6).sum() == 6
+    killed = two_ranks(folder / "killed.log", *flags, "--out", folder / "killed", kill_in_save=2)
+    whole = two_ranks(folder / "whole.log", *flags, "--out", folder / "whole")
+    ended(killed[0], folder / "killed.log0", -signal.SIGKILL)
+    killed[1].kill()
+    [ended(process, f"{folder}/whole.log{rank}") for rank, process in enumerate(whole)]
+    return flags, folder
+
+
+def test_gradients_of_a_batch_of_its_micro_batches_and_of_two_ranks_are_equal(mixed_runs):
+    flags, folder = mixed_runs
+    run("train.py", *flags, "--out", folder / "one")
+    run("train.py", *flags, "--out", folder / "micro", "--micro-batch", 1)
+    moments = {}    # after one step AdamW's first moment is (1 - beta1) times the gradient
+    for name in ("one", "micro", "whole"):
+        state = torch.load(folder / name / "checkpoint-1" / "state.pt", weights_only=True)
+        moments[name] = [p["exp_avg"] for p in state["optimizer"]["state"].values()]
+        assert logged(folder / name, "skipped") == [0, 1, 2, 2]
+    assert sum(moment.any() for moment in moments["one"]) > 40
+    for other in ("micro", "whole"):
+        for a, b in zip(moments[other], moments["one"], strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+        np.testing.assert_allclose(logged(folder / other), logged(folder / "one"), rtol=2e-3)
+
+
+def test_two_ranks_killed_while_saving_resume_bit_for_bit_across_stages_and_refuse_what_would_change_the_run(mixed_runs):
+    flags, folder = mixed_runs
+    killed = folder / "killed"
+    assert sorted(n for n in os.listdir(killed) if "checkpoint" in n) == ["checkpoint-1", "checkpoint-2.tmp"]
+    assert "--lr (was 0.002, now 1.0)" in run("train.py", "--resume", killed, "--lr", 1, fails=True)
+    [ended(process, f"{killed}.log{rank}") for rank, process in enumerate(two_ranks(f"{killed}.log", "--resume", killed))]
+    for key in ("step", "loss", "recon", "grad_norm"):
+        assert logged(killed, key) == logged(folder / "whole", key)
+    for name in ("adapter_model", "heads"):
+        ours, whole = (safetensors.torch.load_file(folder / run / "checkpoint-4" / f"{name}.safetensors")
+                       for run in ("killed", "whole"))
+        assert all(torch.equal(ours[key], whole[key]) for key in whole)
+    with open(folder / "rows.jsonl", "a") as file:
+        file.write('\n{"audio": null, "prompt": "One", "response": "more"}')
+    assert "not those that the run began with" in run("train.py", "--resume", killed, fails=True)
+    os.remove(killed / "checkpoint-4" / "adapter_model.safetensors")
+    assert "adapter_model.safetensors" in run("train.py", "--resume", killed, fails=True)
+
+
+def test_rows_of_text_alone_train_and_log_nothing_of_the_experts(tmp_path):
+    jsonl(tmp_path / "text.jsonl", 4, audio=None)
+    run("train.py", "--data", tmp_path / "text.jsonl", "--stage", "2:recon", *SHORT[4:], "--out", tmp_path / "run")
+    assert logged(tmp_path / "run", "recon") == [None, None] and logged(tmp_path / "run")[1] > 0
+    assert os.path.getsize(tmp_path / "run" / "losses.png") > 5000
+
+
+def test_tensorboard_gets_the_log_and_is_asked_for_in_one_line(tmp_path, monkeypatch):
+    board = types.ModuleType("torch.utils.tensorboard")
+    flags = ["--data", "tones:note", "--stage", "2:recon", *SHORT[4:], "--heldout", 0, "--tensorboard"]
+    monkeypatch.setitem(sys.modules, board.__name__, board)    # as it is without the package
+    assert "pip install tensorboard" in run("train.py", *flags, "--out", tmp_path / "none", fails=True)
+    board.SummaryWriter = unittest.mock.Mock()
+    run("train.py", *flags, "--out", tmp_path / "run")
+    written = {call.args for call in board.SummaryWriter().add_scalar.call_args_list}
+    assert {("loss", loss, i) for i, loss in enumerate(logged(tmp_path / "run"), 1)} < written
 
 
 @pytest.mark.parametrize("program, flags, words", [

@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 4 train.py --backbone qwen2-audio --data mixture.json    # four GPUs
     python train.py --resume runs/tiny                                      # goes on after the last checkpoint
 
-Reads from top to bottom: flags, ranks, model, teachers, data, loop, held-out questions. Without --data it trains on made
-tones. Writes to the run folder config.json, log.jsonl (a line a step) and checkpoint-STEP/: a plain PEFT adapter with
-the tokenizer, the heads (heads.safetensors) and what a resumed run needs (state.pt).
+Reads from top to bottom: flags, ranks, model, data, start or resume, loop, held-out questions. Without --data it trains
+on made tones. Writes to the run folder config.json, log.jsonl (a line a step), losses.png and checkpoint-STEP/: a plain
+PEFT adapter with the tokenizer, the heads (heads.safetensors) and what a resumed run needs (state.pt).
 """
 import argparse
 import functools
@@ -20,6 +20,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import peft
 import safetensors
 import safetensors.torch
@@ -29,8 +30,8 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data import (TONES, Mixture, Rows, Tones, checkpoint_steps, collate, latest_checkpoint, one_line_errors, open_source,
-                  plan_stage, teacher_targets, to_device, usable_device)
+from data import (TONES, Mixture, Rows, Tones, checkpoint_steps, collate, fingerprint, latest_checkpoint,
+                  one_line_errors, open_source, plan_stage, teacher_targets, to_device, usable_device)
 from experts import EXPERTS, load
 from heads import ProjectionHead, expert_loss, loss_scales, terms
 from model import BACKBONES, IGNORE, InputError, load_coat
@@ -55,11 +56,11 @@ def add(flag, default, help, **kwargs):
 
 add("--backbone", "tiny", f"one of {', '.join(BACKBONES)}")
 add("--model-path", None, "a local folder with the backbone, instead of the hub")
-add("--data", "tones", "mixture.json or rows.jsonl, see data.py; or made tones; or some of them, such as tones:note,glide")
+add("--data", "tones", "mixture.json or rows.jsonl, see data.py; or made tones, or some: tones:note,glide")
 add("--out", None, "run folder; None: a new one under runs/")
 add("--resume", None, "run folder to go on with; its config.json gives the other flags")
-add("--stage", ["100000:recon", "100000:all"], "once a stage, STEPS:EXPERTS or STEPS:EXPERTS:LR, such as 500:recon,pitch:2e-4",
-    action="append")
+add("--stage", ["100000:recon", "100000:all"],
+    "once a stage, STEPS:EXPERTS or STEPS:EXPERTS:LR, such as 500:recon,pitch:2e-4", action="append")
 add("--lr", 1e-4, "learning rate of a stage that names none", type=float)
 add("--batch", 16, "rows a step, over all ranks", type=int)
 add("--micro-batch", None, "rows at once on a rank; None: all of its share", type=int)
@@ -86,17 +87,20 @@ add("--workers", 2, "data processes a rank", type=int)
 add("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train")
 add("--threads", None, "CPU threads of a rank; sums, and so a resumed run, depend on them in the last bit", type=int)
 add("--heldout", 60, "held-out rows of each kind of tone question, asked at the end", type=int)
+add("--tensorboard", False, "also write the log for TensorBoard, into the run folder", action="store_true")
 
 given = vars(parser.parse_args())
-saved = {}
+begun_as, saved = {}, {}    # config.json of the run to go on with, and the flags in it
 if "resume" in given:
     path = os.path.join(given["resume"], "config.json")
     if not os.path.isfile(path):
         raise InputError(f"no '{path}'; give --resume the folder of a run")
     with open(path) as file:
-        saved = json.load(file)["flags"]
-    changed = [f"--{k.replace('_', '-')} (was {saved[k]}, now {v})" for k, v in given.items()
-               if k not in ("resume", "save_every", "keep", "workers", "device") and saved[k] != v]
+        begun_as = json.load(file)
+    saved = begun_as["flags"]
+    free = ("resume", "save_every", "keep", "workers", "device", "heldout", "tensorboard")    # the steps stay the same
+    changed = [f"--{k.replace('_', '-')} (was {saved.get(k)}, now {v})" for k, v in given.items()
+               if k not in free and saved.get(k) != v]
     if changed:
         raise InputError(f"a resumed run keeps its flags; leave out {', '.join(changed)}, or start a new run")
     saved["out"] = given["resume"]
@@ -107,6 +111,11 @@ args = SimpleNamespace(**defaults | BACKBONES[name].train | saved | given)
 
 if args.threads:
     torch.set_num_threads(args.threads)
+if args.tensorboard:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise InputError("--tensorboard needs a package of its own; pip install tensorboard") from e
 
 stages = []    # (steps, experts, lr)
 for text in args.stage:
@@ -139,11 +148,12 @@ def all_sum(*numbers):
     return t.tolist()
 
 
-def from_rank0(value):
-    box = [value]
+def gather(value):
+    """[value of each rank]"""
+    values = [value] * world
     if world > 1:
-        dist.broadcast_object_list(box, 0, device=device)
-    return box[0]
+        dist.all_gather_object(values, value)
+    return values
 
 
 def say(text):
@@ -192,6 +202,9 @@ autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enable
 
 tones = args.data.split(":")[0] == "tones" and (args.data.split(":")[1:] or [",".join(TONES)])[0].split(",")
 source = Tones("train", total * args.batch, tones) if tones else open_source(args.data)
+found = fingerprint(source)
+if len(set(gather(found))) > 1:
+    raise InputError(f"the ranks find different rows or audio in {args.data}; give all of them the same files")
 spec, rates = coat.spec, {e.sample_rate for e in experts.values()}
 for row, reason in source.seconds()[1]:
     say(f"skipped row {row}: {reason}")
@@ -218,24 +231,38 @@ def targets_of(batch, names):
 # ----------------------------------------------------------------------------------------------------------------------
 # Start afresh or go on
 
+commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                        cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+config = {"flags": vars(args), "data": found, "world": world, "commit": commit,
+          "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+          "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)}}
 if args.resume:
     for file in ("state.pt", "heads.safetensors"):
         if not os.path.isfile(os.path.join(checkpoint, file)):
             raise InputError(f"'{checkpoint}' holds no {file}; delete it to go on after the checkpoint before it")
+    if begun_as["data"] != found:
+        raise InputError(f"the rows of {args.data}, or the lengths of their audio, are not those that the run began with; "
+                         "bring them back, or start a new run")
+    for what in ("world", "commit", "device", "versions"):
+        if begun_as[what] != config[what]:
+            say(f"!! not bit for bit: {what} was {begun_as[what]} when the run began and is now {config[what]}")
     state = torch.load(os.path.join(checkpoint, "state.pt"), map_location=device, weights_only=True)
     safetensors.torch.load_model(heads, os.path.join(checkpoint, "heads.safetensors"))
     optimizer.load_state_dict(state["optimizer"])
+    if len(state["rng"]) == world:
+        for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"][rank]):
+            set_state(value.cpu())
     step, scales = state["step"], state["scales"]
 else:
     if rank == 0 and not args.out:
         free = (f"runs/{args.backbone}" + (f"-{i}" if i > 1 else "") for i in range(1, 10 ** 6))
         args.out = next(path for path in free if not os.path.exists(path))
-    args.out = from_rank0(args.out)
+    args.out = gather(args.out)[0]
     if os.path.exists(os.path.join(args.out, "config.json")):
         raise InputError(f"'{args.out}' already holds a run; give --resume {args.out} to go on, or another --out")
     # The scale of each loss: what the best constant answer would cost over the first clips (heads.loss_scales).
     clips = {name: [] for name in tasks}
-    longest = max(steps for steps, _, _ in stages)    # all stages as one could be more than a mixture's max_epochs allow
+    longest = max(steps for steps, _, _ in stages)    # all as one could be more than a mixture's max_epochs allow
     rows = plan_stage(source, longest, args.batch, args.seed, 0).ravel()[:args.calibrate] if rank == 0 and tasks else []
     for i in range(0, len(rows), micro):
         batch = to_device(collate([Rows(source)[int(r)] for r in rows[i:i + micro]], spec, rates), device)
@@ -244,7 +271,7 @@ else:
                 heard = {"recon": coat(batch).audio_embeds} if "recon" in tasks else {}
             for name, z in (targets_of(batch, tasks) | heard).items():
                 clips[name] += [z[j, :n] for j, n in enumerate(batch["n_audio"]) if n]
-    scales = from_rank0({name: loss_scales(name, z, readouts.get(name)) for name, z in clips.items() if z})
+    scales = gather({name: loss_scales(name, z, readouts.get(name)) for name, z in clips.items() if z})[0]
     del clips
     step = 0
 
@@ -252,18 +279,12 @@ os.makedirs(args.out, exist_ok=True)
 log_path = os.path.join(args.out, "log.jsonl")
 if rank == 0:
     if args.resume:    # what was logged after the checkpoint is done, and logged, again
-        with open(log_path) as file:
-            lines = [line for line in file if json.loads(line)["step"] <= step]
-        with open(log_path, "w") as file:
-            file.writelines(lines)
+        with open(log_path) as file, open(log_path + ".tmp", "w") as new:
+            new.writelines(line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step)
+        os.replace(log_path + ".tmp", log_path)
     else:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
-        versions = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
         with open(os.path.join(args.out, "config.json"), "w") as file:
-            json.dump({"flags": vars(args), "world": world, "versions": versions, "commit": commit, "device": name},
-                      file, indent=1)
+            json.dump(config, file, indent=1)
 count = lambda params: sum(p.numel() for p in params) / 1e6
 say(f"{args.backbone} on {world} x {device}: {count(coat.parameters()):.1f} M weights, of which {count(adapters):.2f} M "
     f"trained; heads {count(heads.parameters()):.2f} M ({', '.join(tasks) or 'none'})")
@@ -273,23 +294,45 @@ if tones and args.backbone != "tiny":
 
 
 def save():
-    """checkpoint-STEP, whole or not at all: it is written under another name and renamed."""
-    if rank:
-        return
+    """checkpoint-STEP, whole or not at all: it is written under another name and renamed. All ranks call it."""
+    rng = gather([torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if device.type == "cuda" else []))
     final = os.path.join(args.out, f"checkpoint-{step}")
+    if rank or os.path.exists(final):
+        return
     try:
         shutil.rmtree(final + ".tmp", ignore_errors=True)
         coat.save(final + ".tmp")
         safetensors.torch.save_model(heads, os.path.join(final + ".tmp", "heads.safetensors"))
-        torch.save({"step": step, "optimizer": optimizer.state_dict(), "scales": scales},
+        torch.save({"step": step, "optimizer": optimizer.state_dict(), "scales": scales, "rng": rng},
                    os.path.join(final + ".tmp", "state.pt"))
     except (OSError, RuntimeError, safetensors.SafetensorError) as e:    # each library has its own for a full disk
         shutil.rmtree(final + ".tmp", ignore_errors=True)
-        raise InputError(f"cannot write {final}: {str(e).splitlines()[0]}; make room and go on with --resume {args.out}") from e
-    shutil.rmtree(final, ignore_errors=True)
+        raise InputError(f"cannot write {final}: {str(e).splitlines()[0]}; make room and go on with --resume "
+                         f"{args.out}") from e
     os.rename(final + ".tmp", final)
     for n in checkpoint_steps(args.out)[:-args.keep]:
         shutil.rmtree(os.path.join(args.out, f"checkpoint-{n}"))
+
+
+def draw():
+    """losses.png: every loss, as means over at most 300 pieces of the run; dashed where a stage begins."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return say("no losses.png without matplotlib; pip install matplotlib")
+    with open(log_path) as file:
+        lines = [json.loads(line) for line in file]
+    fig = Figure(figsize=(8, 4), layout="constrained")
+    axes = fig.subplots()
+    for term in ["ce", *(term for name in tasks for term in terms(name))]:
+        points = [(line["step"], line[term]) for line in lines if line.get(term) is not None]
+        means = [np.mean(piece, 0) for piece in np.array_split(points, min(300, len(points)))] if points else [(0, np.nan)]
+        axes.semilogy(*np.transpose(means), label=term)
+    for begin in np.cumsum([steps for steps, _, _ in stages])[:-1]:
+        axes.axvline(begin, color="gray", linestyle="--", linewidth=1)
+    axes.set(xlabel="step", ylabel="ce: nats a token; experts: 1 ignores the audio")
+    axes.legend()
+    fig.savefig(os.path.join(args.out, "losses.png"), dpi=80)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,6 +342,7 @@ stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
 bar = tqdm(total=total, initial=step, disable=rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
 log = open(log_path, "a") if rank == 0 else None
+board = SummaryWriter(args.out, purge_step=step + 1) if rank == 0 and args.tensorboard else None
 begin, begun = time.time(), step
 for stage, (steps, names, rate) in enumerate(stages):
     first = step - sum(s for s, _, _ in stages[:stage])    # steps of this stage that are behind us
@@ -324,7 +368,7 @@ for stage, (steps, names, rate) in enumerate(stages):
         if stopped:
             break
         if not n_targets:
-            raise InputError(f"step {step + 1}: none of the {args.batch} rows can be used; the first: {skipped_here[0]}")
+            raise InputError(f"step {step + 1}: none of the {args.batch} rows can be used; see the reasons above")
         sums = dict.fromkeys(["ce", *(term for name in names for term in terms(name))], 0.0)
         taught = 0.0    # seconds spent in the teachers
         for batch in batches:
@@ -357,8 +401,9 @@ for stage, (steps, names, rate) in enumerate(stages):
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip).item()
         if not math.isfinite(norm + sum(sums.values())):
             save()
-            raise InputError(f"step {step + 1}: the loss is not finite; rows {[r['row'] for b in batches for r in b['rows']]}"
-                             f" of this rank are in it. The last good step is saved; lower --lr or look at these rows")
+            rows = [row["row"] for batch in batches for row in batch["rows"]]
+            raise InputError(f"step {step + 1}: the loss is not finite; rows {rows} of this rank are in it. The last good "
+                             "step is saved; lower --lr or look at these rows")
         warm = max(1, round(args.warmup * steps))
         lr = rate * ((i + 1) / warm if i < warm else 0.5 + 0.5 * math.cos(math.pi * (i - warm) / (steps - warm)))
         for group in optimizer.param_groups:
@@ -370,6 +415,8 @@ for stage, (steps, names, rate) in enumerate(stages):
 
         took = time.time() - tick
         total_loss = sums["ce"] + sum(getattr(args, f"w_{term}") * v for term, v in sums.items() if term != "ce")
+        if not n_frames:    # rows of text alone say nothing about the experts
+            sums = dict.fromkeys(sums) | {"ce": sums["ce"]}
         line = {"step": step, "stage": stage + 1, "lr": lr, "loss": total_loss} | sums | {
             "grad_norm": norm, "tokens_per_s": n_tokens / took, "audio_s_per_s": seconds / took,
             "padding": 1 - n_tokens / n_slots, "data_wait": waited / took, "teachers": taught / took, "skipped": skipped,
@@ -380,10 +427,14 @@ for stage, (steps, names, rate) in enumerate(stages):
             log.flush()
             eta = (time.time() - begin) / (step - begun) * (total - step)
             say(f"step {step}/{total} stage {stage + 1} lr {lr:.1e} loss {total_loss:.3f} "
-                + " ".join(f"{k} {v:.3f}" for k, v in sums.items())
+                + " ".join(f"{k} -" if v is None else f"{k} {v:.3f}" for k, v in sums.items())
                 + f" norm {norm:.2f} | {n_tokens / took:.0f} tok/s, {seconds / took:.1f} audio s/s, padding "
                 f"{line['padding']:.0%}, data wait {line['data_wait']:.0%}, teachers {line['teachers']:.0%}, "
-                + (f"MFU {line['mfu']:.0%} of {peak / 1e12:.0f} TFLOP/s, {line['gib']:.1f} GiB, " if peak else "") + f"eta {eta:.0f} s")
+                + (f"MFU {line['mfu']:.0%} of {peak / 1e12:.0f} TFLOP/s, {line['gib']:.1f} GiB, " if peak else "")
+                + f"eta {eta:.0f} s")
+            for key, value in line.items() if board else ():
+                if value is not None and key != "step":
+                    board.add_scalar(key, value, step)
         bar.update()
         if step % args.save_every == 0 and step < total:
             save()
@@ -393,6 +444,10 @@ for stage, (steps, names, rate) in enumerate(stages):
 bar.close()
 loader = None    # ends the data processes here, in order
 save()
+if rank == 0 and step:
+    draw()
+if board:
+    board.close()
 if skipped:
     say(f"{skipped} rows were skipped, see above and log.jsonl")
 if step < total:
@@ -420,10 +475,10 @@ if rank == 0 and tones and args.heldout:
         say(f"{TONES[kind][0]:28}{score[0]:8.0%}{score[1]:12.0%}{results[kind]['chance']:8.0%}")
     with open(os.path.join(args.out, "heldout.json"), "w") as file:
         json.dump(results, file, indent=1)
-    clip = os.path.join(args.out, f"heldout-{kind}-{rows[0]['response']}.wav")    # the last kind's first clip, to listen to
+    clip = os.path.join(args.out, f"heldout-{kind}-{rows[0]['response']}.wav")    # the last kind's first clip
     soundfile.write(clip, rows[0]["wave"].numpy(), rows[0]["rate"])
-    say(f"\ndone in {time.time() - started:.0f} s. Now ask about a clip it has never heard; the answer is in the file's name:\n"
-        f"  python infer.py ask {args.out} {clip} --question \"{TONES[kind][0]}\"")
+    say(f"\ndone in {time.time() - started:.0f} s. Now ask about a clip it has never heard; the answer is in the file's "
+        f"name:\n  python infer.py ask {args.out} {clip} --question \"{TONES[kind][0]}\"")
 else:
     say(f"\ndone in {time.time() - started:.0f} s. Now ask:\n  python infer.py ask {args.out} CLIP --question \"...\"")
 if world > 1:
