@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
 import warnings
 from types import SimpleNamespace
@@ -423,8 +424,23 @@ class CoAT(nn.Module):
         return self
 
     def save(self, folder):
-        """Writes a plain PEFT adapter, the processor, and in coat.json which backbone they belong to."""
-        self.lm.save_pretrained(folder, save_embedding_layers=False)
+        """Writes a plain PEFT adapter or, once merged, a plain transformers model, with the processor, and in coat.json
+        which backbone they belong to."""
+        if isinstance(self.lm, peft.PeftModel):
+            self.lm.save_pretrained(folder, save_embedding_layers=False)
+        else:    # what `stream` does, as transformers' generate has to be told it
+            tokenizer = self.processor.tokenizer
+            self.lm.generation_config = transformers.GenerationConfig(
+                do_sample=False, pad_token_id=tokenizer.pad_token_id, suppress_tokens=self.think_ids,
+                eos_token_id=tokenizer.convert_tokens_to_ids(list(self.backbone.eos)))
+            self.lm.save_pretrained(folder)
+            # The full processor of Qwen2.5-Omni, which ours is a part of, also wants its image settings.
+            source = self.model_path or self.backbone.hub_id
+            settings = source and transformers.utils.cached_file(
+                source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False)
+            if settings:
+                shutil.copy(settings, folder)
         self.processor.save_pretrained(folder)
         with open(os.path.join(folder, "coat.json"), "w") as file:
             json.dump({"backbone": self.name, "model_path": self.model_path}, file)

@@ -16,15 +16,18 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 import unittest.mock
 import warnings
 import zlib
 
+import jiwer
 import numpy as np
 import peft
 import pytest
 import safetensors.torch
+import sklearn.metrics
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -34,6 +37,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 import data
 import experts
 import heads
+import infer
 import model
 from data import (Manifest, Mixture, Rows, Tones, allot, at_rate, collate, make_row, plan_stage,
                   read_audio)
@@ -460,13 +464,18 @@ print(torch.stack(list(coat.stream(batch, 8, stop=False)), 1).tolist())"""
     assert torch.equal(greedy(model.CoAT(plain, processor, coat.name, None, coat.think_ids), batch), want)
 
     merged = str(tmp_path / "merged")
-    plain.merge_and_unload().save_pretrained(merged)
-    processor.save_pretrained(merged)
+    again.save(merged)
     stock = next(c for c in BACKBONES[coat.name].model_class.__mro__ if c.__module__.startswith("transformers.models"))
     lm = stock.from_pretrained(merged)
     theirs = lm.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **batch["audio"],
-                         do_sample=False, max_new_tokens=8, min_new_tokens=8, suppress_tokens=coat.think_ids)
-    assert torch.equal(theirs[:, batch["input_ids"].shape[1]:], want)
+                         max_new_tokens=8)    # all else is in its generation_config.json
+    assert torch.equal(theirs[:, batch["input_ids"].shape[1]:], torch.stack(list(coat.stream(batch, 8)), 1))
+    # Its processor makes the same ids of a string; that of Omni cannot be built without torchvision.
+    theirs = processor if coat.name == "qwen2.5-omni" else transformers.AutoProcessor.from_pretrained(merged)
+    block = model.THINK_START + model.THINK * 25 + model.THINK_END
+    inputs = theirs(text=render_prompt(coat, "Which?", 1) + block, audio=[noise(1.0).numpy()], sampling_rate=16000,
+                    return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], build_inputs(coat, [noise(1.0)], ["Which?"])["input_ids"])
     assert torch.equal(greedy(load_coat(coat.name, model_path=merged), batch), want)    # its trained rows are kept
 
 
@@ -1563,6 +1572,231 @@ def test_tensorboard_gets_the_log_and_is_asked_for_in_one_line(tmp_path, monkeyp
 def test_wrong_flags_end_in_one_line(program, flags, words):
     assert words in run(program, *flags, fails=True)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# infer.py: score, show, probe, merge
+
+FEELINGS = ["angry", "happy", "very happy", "sad"]
+
+
+@pytest.mark.parametrize("answer, choices, said", [
+    ("happy", FEELINGS, "happy"), ("Happy.", FEELINGS, "happy"), ("very  happy", FEELINGS, "very happy"),
+    ("B", FEELINGS, "happy"), ("b.", FEELINGS, "happy"), ("(B)", FEELINGS, "happy"), ("B. happy", FEELINGS, "happy"),
+    ("B) happy", FEELINGS, "happy"), ("**B.** happy", FEELINGS, "happy"), ("The answer is B.", FEELINGS, "happy"),
+    ("Answer: (C) very happy", FEELINGS, "very happy"),
+    ("The speaker sounds sad to me", FEELINGS, "sad"), ("she is very happy", FEELINGS, "very happy"),
+    ("B. angry", FEELINGS, None), ("angry or sad", FEELINGS, None), ("unhappy", FEELINGS, None), ("", FEELINGS, None),
+    ("E", FEELINGS, None), ("A man is heard", FEELINGS, None), ("bored", FEELINGS, None), ("B", list("CDEFGAB"), "B"),
+    ("answering machine", ["answering machine", "bell"], "answering machine"),
+    ("C# major", ["C major", "C# major"], "C# major"), ("it is C#", ["C", "C#"], "C#"), ("3 clicks", list("123"), "3")])
+def test_choice_is_named_by_text_letter_or_as_the_only_one_in_a_sentence(answer, choices, said):
+    assert infer.parse_choice(answer, choices) == said
+
+
+def test_wer_is_jiwers_and_accuracy_and_f1_are_sklearns(tmp_path):
+    rng, lines = np.random.default_rng(0), []
+    words = ["don't", "Colour", "two", "cat", "the", "uh"]
+    for i in range(40):
+        said = [" ".join(rng.choice(words, n)) for n in rng.integers(0, 6, 2)]
+        lines.append({"row": i, "task": "asr", "response": said[0] + " <NOISE>", "answer": said[1] * (i % 9 > 0)})
+    normalise = infer.normaliser()
+    kept = [(normalise(x["response"].removesuffix("<NOISE>")), normalise(x["answer"])) for x in lines]
+    kept = [(reference, heard) for reference, heard in kept if reference]
+    wer, = infer.measure(lines, normalise=normalise)
+    assert wer["value"] == jiwer.wer(*map(list, zip(*kept))) and wer["rows"] == len(kept) < 40
+    assert wer["low"] < wer["value"] < wer["high"] and f"{40 - len(kept)} empty references" in wer["note"]
+    assert infer.normaliser(write(tmp_path / "spelling.json", '{"colour": "color"}'))("The Colour, uh!") == "the color"
+
+    answers = rng.choice([*FEELINGS, "bored", "", "angry or sad"], 60)
+    lines = [{"row": i, "task": "emotion", "choices": sorted(FEELINGS, key=lambda _: rng.random()),
+              "answer": str(answer), "response": FEELINGS[i * i % 3]} for i, answer in enumerate(answers)]    # no sad
+    accuracy, f1 = infer.measure(lines)
+    truth, said = [x["response"] for x in lines], [x["answer"] if x["answer"] in FEELINGS else "none" for x in lines]
+    assert accuracy["value"] == sklearn.metrics.accuracy_score(truth, said)
+    np.testing.assert_allclose(f1["value"], sklearn.metrics.f1_score(truth, said, average="weighted"), rtol=1e-12)
+    assert f"{said.count('none')} without an answer" in accuracy["note"]
+    right = np.random.default_rng(1).random(400) < 0.7
+    found = infer.interval([(r, 1) for r in right], infer.share)
+    wide = 1.96 * np.sqrt(found["value"] * (1 - found["value"]) / 400)    # the normal approximation
+    np.testing.assert_allclose((found["high"] - found["low"]) / 2, wide, rtol=0.1)
+    assert infer.measure([{"row": 0, "task": "qa", "response": "A dog.", "answer": "a dog"}])[0]["value"] == 1
+
+
+def predictions(path):
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="session")
+def merged(trained, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("merged") / "model")
+    run("infer.py", "merge", trained[0], folder)
+    return folder
+
+
+def test_ask_score_the_merged_folder_and_the_readmes_ten_lines_say_the_same(trained, merged, tmp_path):
+    tones = Tones("heldout", 3, ["note"])
+    clips = [wav(tmp_path, f"{i}.wav", tones.load(i)["wave"].numpy()) for i in range(3)]
+    rows = [{"audio": os.path.basename(clip), "prompt": "Which note?", "response": "C"} for clip in clips]
+    write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    texts = []
+    for name in (trained[0], merged):
+        asked = run("infer.py", "ask", name, *clips, "--question", "Which note?", "--json", "--max-new-tokens", 20)
+        asked = [json.loads(line) for line in asked.splitlines()]
+        out = tmp_path / f"{len(texts)}.jsonl"
+        run("infer.py", "score", name, tmp_path / "rows.jsonl", "--out", out, "--workers", 0, "--max-new-tokens", 20)
+        scored = {line["audio"]: line for line in predictions(out)[1:]}
+        assert [scored[a["audio"]]["answer"] for a in asked] == [a["answer"].strip() for a in asked]
+        assert [scored[a["audio"]]["new_tokens"] for a in asked] == [a["new_tokens"] for a in asked]
+        texts.append([a["answer"].strip() for a in asked])
+    with open(os.path.join(HERE, "README.md")) as file:
+        code = next(block for block in re.findall("```python\n(.*?)```", file.read(), re.S) if "AutoProcessor" in block)
+    plain = []
+    for clip in clips:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(code.replace('"merged"', repr(merged)).replace('"runs/tiny/heldout-note-A.wav"', repr(clip)), {})
+        plain.append(out.getvalue().strip())
+    assert texts[0] == texts[1] == plain and plain != [""] * 3
+    run("infer.py", "score", trained[0], "tones:louder,note:40", "--out", tmp_path / "tones", "--max-new-tokens", 12)
+    heldout = json.load(open(os.path.join(trained[0], "heldout.json")))    # the same rows, as train.py asked them
+    for task, result in heldout.items():
+        lines = [line for line in predictions(tmp_path / "tones")[1:] if line["task"] == task]
+        assert np.mean([line["answer"] == line["response"] for line in lines]) == result["heard"]
+    assert "there already" in run("infer.py", "merge", trained[0], merged, fails=True)
+
+
+def test_stopped_score_goes_on_without_repeating_or_losing_a_row_and_counts_what_it_leaves_out(
+        trained, tmp_path, bad_clips, monkeypatch):
+    flags = ["--workers", 0, "--max-new-tokens", 4, "--batch", 4]
+    score = lambda data, out, *more, **kwargs: run(
+        "infer.py", "score", trained[0], data, "--out", out, *flags, *more, **kwargs)
+    result = json.loads(score("tones:note,louder:6", tmp_path / "whole").splitlines()[-1])
+    stream, calls = model.CoAT.stream, []
+
+    def stopping(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise InputError("stopped")
+        return stream(*args)
+
+    monkeypatch.setattr(model.CoAT, "stream", stopping)
+    assert "stopped" in score("tones:note,louder:6", tmp_path / "cut", fails=True)
+    with open(tmp_path / "cut", "rb+") as file:    # as a kill in the middle of a line leaves it
+        file.truncate(os.path.getsize(tmp_path / "cut") - 5)
+    assert json.loads(score("tones:note,louder:6", tmp_path / "cut").splitlines()[-1]) == result
+    assert len(calls) == 3 + 2    # seven of twelve rows were there
+    whole, cut = (sorted(predictions(tmp_path / name)[1:], key=lambda line: line["row"]) for name in ("whole", "cut"))
+    assert whole == cut and [line["row"] for line in cut] == list(range(12))
+    assert "was 4, now 5" in score("tones:note,louder:6", tmp_path / "cut", "--max-new-tokens", 5, fails=True)
+    assert "rows was" in score("tones:note", tmp_path / "cut", fails=True)
+    write(tmp_path / "other", "no JSON\n")
+    assert "no file of predictions" in score("tones:note", tmp_path / "other", fails=True)
+    assert open(tmp_path / "other").read() == "no JSON\n"
+
+    rows = [{"audio": path, "prompt": "?", "response": "hello", "task": "asr"} for path in bad_clips]
+    rows += [{"audio": "good.wav", "prompt": "?", "response": text, "task": "asr"} for text in ("a word", "<SIL>")]
+    wav(tmp_path, "good.wav", noise(0.5).numpy())
+    write(tmp_path / "bad.jsonl", "\n".join(map(json.dumps, rows)))
+    result = json.loads(score(tmp_path / "bad.jsonl", tmp_path / "bad").splitlines()[-1])
+    assert result["skipped"] == {"over 120 s": 1, "unusable": len(bad_clips) - 1}
+    assert result["results"][0]["rows"] == 1 and "1 empty reference" in result["results"][0]["note"]
+    monkeypatch.setitem(sys.modules, "jiwer", None)
+    assert "pip install jiwer" in score(tmp_path / "bad.jsonl", tmp_path / "bad", fails=True)
+
+
+@contextlib.contextmanager
+def judge(replies):
+    """An OpenAI-compatible endpoint that gives these replies, status or text, in turn -> (its URL, what was sent)."""
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, self.headers["Authorization"], body))
+            reply = replies[len(seen) - 1]
+            self.send_response(200 if isinstance(reply, str) else reply)
+            self.end_headers()
+            if isinstance(reply, str):
+                self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}],
+                                             "usage": {"prompt_tokens": 300, "completion_tokens": 50}}).encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_judge_is_asked_once_a_row_with_figure_a_and_never_without_the_flag(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    rows = [{"audio": None, "prompt": f"Say {i} {{", "response": f"It is {i}.", "task": "caption"} for i in range(3)]
+    write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    flags = ["tiny", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--workers", 0, "--max-new-tokens", 2]
+    score = lambda *more, **kwargs: run("infer.py", "score", *flags, *more, **kwargs)
+    with judge(["Explanation: good.\nRating: 4", 429, "**Rating:** (2)", 500, "Rating: 7"]) as (url, seen):
+        result = json.loads(score().splitlines()[-1])["results"][0]
+        assert not seen and result["value"] is None and "3 not asked for" in result["note"]
+        text = score("--judge", url, "--judge-price", 2, 10)
+        result = json.loads(text.splitlines()[-1])
+        assert result["results"][0]["value"] == 60 and "1 unreadable, 0 not asked for" in result["results"][0]["note"]
+        assert result["judge_tokens"] == [900, 150] and "cost 0.0033" in text
+        score("--judge", url)
+        assert len(seen) == 5    # three rows, two of them twice, and nothing when it was run again
+        path, key, body = seen[0]
+        assert path == "/v1/chat/completions" and key == "Bearer secret"
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("gpt-4o-2024-11-20", 0, 1024)
+        message, = body["messages"]
+        assert message["role"] == "user" and message["content"].startswith("[Question]\nSay ")
+        assert "\n\n[Reference Answer]\nIt is " in message["content"] and message["content"].endswith("\nRating: (int)")
+    with judge([401] * 3) as (url, seen):
+        assert "401" in score("--judge", url, "--judge-model", "other", fails=True) and len(seen) == 3
+
+
+def test_show_draws_each_head_beside_its_teacher(trained, tmp_path):
+    clip = next(os.path.join(trained[0], n) for n in os.listdir(trained[0]) if n.endswith(".wav"))
+    shown = json.loads(run("infer.py", "show", trained[0], clip, "--out", tmp_path / "show.png").splitlines()[-1])
+    assert list(shown["unexplained"]) == ["recon", "pitch", "pitch_aux"] and 0 < shown["unexplained"]["recon"] < 3
+    assert 5000 < os.path.getsize(tmp_path / "show.png") < 150000
+    assert "check the path" in run("infer.py", "show", trained[0], clip, "--out", tmp_path / "no" / "x.png", fails=True)
+    z = torch.rand(7, 20, generator=torch.Generator().manual_seed(0))
+    sound = types.SimpleNamespace(readout=lambda z: z)
+    student, teacher, rows = infer.pictures("sound", z.flip(0), z, sound, [f"name {i}" for i in range(20)])
+    assert teacher[-1].max() == z.max().sigmoid() and rows[9] == f"name {int(z.amax(0).argmax())}"
+    assert torch.equal(student, teacher.flip(1))
+    assert [x.shape for x in infer.pictures("affect", z, z, None, [])[:2]] == [(20, 7)] * 2
+
+
+def test_probe_finds_what_is_there_and_no_recording_lies_on_both_sides(trained, tmp_path):
+    rng = np.random.default_rng(0)
+    labels, groups = np.array(list("abc") * 40), np.arange(120) // 3
+    x = rng.standard_normal((120, 8)) + 4 * (labels[:, None] == list("abc")) @ rng.standard_normal((3, 8))
+    accuracy, confidence = infer.linear_probe(x, labels, groups)
+    assert np.mean(accuracy) > 0.95 and confidence.mean() > 0.9
+    voices = rng.standard_normal((40, 64))[groups] + 0.01 * rng.standard_normal((120, 64))    # tell the recording alone
+    labels = rng.choice(list("ab"), 40)[groups]
+    assert np.mean(infer.linear_probe(voices, labels, groups)[0]) < 0.8
+    assert np.mean(infer.linear_probe(voices, labels, np.arange(120))[0]) > 0.8    # what a split by row would say
+
+    probe = lambda data, *more, **kwargs: run(
+        "infer.py", "probe", "tiny", *more, "--data", data, "--workers", 0, "--plot", tmp_path / "p.png", **kwargs)
+    text = probe("tones:louder:40", trained[0])
+    base, ours = json.loads(text.splitlines()[-1])["results"]
+    assert "think" not in base and ours["step"] == 60 and ours["think"]["accuracy"] > 0.8 and ours["answers"] > 0.8
+    assert -1 <= ours["pre-gen"]["rho"] <= 1 if ours["answers"] < 1 else ours["pre-gen"]["rho"] is None
+    assert 5000 < os.path.getsize(tmp_path / "p.png") < 150000
+    assert "several tasks" in probe("tones:louder,note:5", fails=True)
+    assert "five recordings" in probe("tones:louder:5", fails=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py
 
 def test_bench_counts_the_tokens_it_decodes():
     text = run("bench.py", "latency", "--backbone", "tiny", "--seconds", "1,3", "--cot-tokens", 6, "--answer-tokens", 3, "--seeds", 1)
