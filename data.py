@@ -30,7 +30,7 @@ import torch
 from torchaudio.functional import resample
 
 from experts import ExpertUnavailable, resample_frames
-from model import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError, build_inputs, pad_rows
+from model import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError, build_inputs, check_text, pad_rows
 
 MAX_KERNEL = 2 ** 24     # taps of a resampling kernel; an odd rate such as 44,099 Hz would need gigabytes
 
@@ -496,12 +496,21 @@ def collate(rows, spec, rates=(), think=True, responses=True):
 
     waves {rate: [(N,) or None, one a row]} for the teachers, rows (the loaded rows), seconds (of audio), skipped
     (messages). None of the rows usable: only `rows` (empty) and `skipped`."""
-    skipped = [str(row) for row in rows if isinstance(row, InputError)]
-    rows = [row for row in rows if not isinstance(row, InputError)]
-    if not rows:
+    kept, skipped = [], []
+    for row in rows:
+        if isinstance(row, InputError):
+            skipped.append(str(row))
+            continue
+        try:
+            check_text(spec, row["prompt"] + row["response"])
+            kept.append((row, {rate: at_rate(row["wave"], row["rate"], rate) if "wave" in row else None
+                               for rate in {SAMPLE_RATE, *rates}}))
+        except InputError as e:
+            skipped.append(f"row {row.get('row')}: {e}")
+    if not kept:
         return {"rows": [], "skipped": skipped}
-    waves = {rate: [at_rate(row["wave"], row["rate"], rate) if "wave" in row else None for row in rows]
-             for rate in {SAMPLE_RATE, *rates}}
+    rows, waves = zip(*kept)
+    waves = {rate: [w[rate] for w in waves] for rate in waves[0]}
     batch = build_inputs(spec, waves[SAMPLE_RATE], [row["prompt"] for row in rows],
                          [row["response"] for row in rows] if responses else None, think=think)
     seconds = sum(len(row["wave"]) / row["rate"] for row in rows if "wave" in row)

@@ -453,6 +453,8 @@ def show(args):
     coat, experts, heads, scales = load_heads(args, device)
     row = {"wave": wave, "rate": rate, "prompt": args.question, "response": ""}
     batch = to_device(collate([row], coat.spec, {e.sample_rate for e in experts.values()}), device)
+    if batch["skipped"]:
+        raise InputError(batch["skipped"][0])
     fig, shares = figure.Figure(figsize=(9, 2.1 * len(scales)), dpi=80, layout="constrained"), {}
     with torch.no_grad():
         out = coat(batch)

@@ -249,11 +249,16 @@ def think_block(n_audio, think_ids):
     return [start] + [think] * n_audio + [end] if n_audio else []
 
 
+def check_text(coat, text):
+    """Raises InputError if a prompt or response spells a token that only build_inputs may place."""
+    for token in (coat.backbone.audio_token, THINK_START, THINK, THINK_END):
+        if token in text:
+            raise InputError(f"the text contains the reserved token {token}; remove it")
+
+
 def render_prompt(coat, question, n_pieces):
     """The chat as the released template renders it, up to the assistant header, with `n_pieces` audio placeholders."""
-    reserved = [t for t in (coat.backbone.audio_token, THINK_START, THINK, THINK_END) if t in question]
-    if reserved:
-        raise InputError(f"the text contains the reserved token {reserved[0]}; remove it from the prompt")
+    check_text(coat, question)
     content = [{"type": "audio"}] * bool(n_pieces) + [{"type": "text", "text": question}]
     prompt = coat.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                                 add_generation_prompt=True)

@@ -533,10 +533,13 @@ def test_omni_is_loaded_without_its_vision_tower_and_talker(hub):
     assert not hasattr(processor, "image_processor")
 
 
-def test_reserved_tokens_in_a_prompt_are_refused(coat):
+def test_reserved_tokens_in_a_prompt_are_refused_and_such_rows_and_odd_rates_left_out_of_a_batch(coat):
+    row = {"wave": noise(1.0), "rate": 16000, "prompt": "what?", "response": "it"}
     for token in (coat.backbone.audio_token, "<|audio_think|>"):
         with pytest.raises(InputError, match="reserved"):
             build_inputs(coat, [noise(1.0)], [f"what is {token}?"])
+        batch = collate([row | {"response": token, "row": 7}, row, row | {"rate": 44099}], coat.spec)
+        assert len(batch["rows"]) == 1 and ["row 7" in s or "44099" in s for s in batch["skipped"]] == [True, True]
 
 
 @pytest.mark.parametrize("name", NAMES)
