@@ -135,6 +135,8 @@ def ask(args):
     device = usable_device(args.device)
     waves = [at_rate(*read_audio(path, args.start, args.end), SAMPLE_RATE) for path in args.clips]
     coat = load_model(args.model, device, args.model_path, folder)
+    if args.compile:
+        coat.compile_decode()
     if args.text_think:
         args.question += coat.backbone.text_think
     think = not (args.no_think or args.text_think)
@@ -358,6 +360,8 @@ def score(args):
         if not os.path.getsize(args.out):
             write({"run": run})
         begin, coat = time.time(), load_model(args.model, device, args.model_path) if left else None
+        if left and args.compile:
+            coat.compile_decode()
         for batch in batches(coat, source, left, args, not args.no_think) if left else ():
             reasons += batch["skipped"]
             for row, (text, n) in zip(batch["rows"], batch["rows"] and answer_batch(coat, batch, args.max_new_tokens)):
@@ -625,14 +629,15 @@ if __name__ == "__main__":
         if "segment" in flags:
             p.add_argument("--start", type=float, help="seconds into the file")
             p.add_argument("--end", type=float, help="seconds into the file")
-        if "think" in flags:
+        if "answers" in flags:
             p.add_argument("--no-think", action="store_true", help="leave the thinking block out")
+            p.add_argument("--compile", action="store_true", help="faster decoding after a slow start (CoAT.compile_decode)")
         if "batches" in flags:
             p.add_argument("--batch", type=int, default=16, help="rows at once (%(default)s)")
             p.add_argument("--workers", type=int, default=2, help="data processes (%(default)s)")
         return p
 
-    p = command(ask, "one question about one or several clips", "segment", "think")
+    p = command(ask, "one question about one or several clips", "segment", "answers")
     p.add_argument("clips", nargs="+", help="audio files: wav, flac, ogg or mp3")
     p.add_argument("--question", required=True)
     p.add_argument("--text-think", nargs="?", const=True, metavar="FOLDER", help="reason in text instead of the block; "
@@ -640,7 +645,7 @@ if __name__ == "__main__":
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--json", action="store_true", help="one JSON object a clip, with token counts and times")
 
-    p = command(score, "answers to a manifest, and how good they are", "think", "batches")
+    p = command(score, "answers to a manifest, and how good they are", "answers", "batches")
     p.description = ("Rows of task asr: WER; with choices: accuracy, weighted F1; " + ", ".join(JUDGED) + ": rated by "
                      "a judge, if there is one; others: exact match. A stopped run goes on with the same command.")
     p.add_argument("data", help="rows.jsonl, mixture.json or tones[:KINDS[:ROWS OF EACH]]")

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
+from transformers.cache_utils import StaticLayer
 
 SAMPLE_RATE = 16000                      # Hz, what every backbone hears
 TOKEN_RATE = 25                          # audio tokens, and thinking tokens, per second (paper, appendix A)
@@ -329,6 +330,18 @@ def pad_rows(flat, lengths):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
+class Slots(StaticLayer):
+    """Keys and values of one decoder layer, in memory that stays where it is. The prefill attends to its own alone: a
+    square without a mask, for which attention has its fastest kernels."""
+
+    def update(self, keys, values, *args, **kwargs):
+        kept = super().update(keys, values)
+        return kept if keys.shape[2] == 1 else (keys, values)                           # (B, H, S or T, D/H) each
+
+    def get_mask_sizes(self, query_length):
+        return (self.max_cache_len if query_length == 1 else query_length), 0
+
+
 class Output(NamedTuple):
     think_states: torch.Tensor    # (B, L, D) final-layer states at the thinking tokens, H_think
     audio_embeds: torch.Tensor    # (B, L, D) what the language model consumed at the audio tokens, x_A; no gradient
@@ -344,6 +357,8 @@ class CoAT(nn.Module):
         super().__init__()
         self.lm, self.processor, self.name, self.model_path, self.think_ids = lm, processor, name, model_path, think_ids
         self.backbone = BACKBONES[name]
+        self.register_buffer("unsaid", torch.tensor(think_ids, device=lm.device), persistent=False)
+        self.use_graph = False
 
     @property
     def hf(self):
@@ -394,28 +409,72 @@ class CoAT(nn.Module):
         ce_sum = F.cross_entropy(logits, targets[is_target], reduction="sum")
         return Output(think_states, audio_embeds, valid, ce_sum, len(logits))
 
-    @torch.no_grad()
+    def next_ids(self, h):
+        """Final states (B, T, D) -> (B,) the likeliest next tokens, never the block's: it is placed, not said."""
+        logits = self.hf.lm_head(h[:, -1]).float()                                      # (B, V)
+        return logits.index_fill(1, self.unsaid, -torch.inf).argmax(-1)
+
+    def decode(self, token, visible, cache):
+        """A step: tokens (B,) -> the next ones (B,). visible (B, S) says which slots of the cache to attend to.
+
+        Nothing in it changes its shape or waits for the GPU, so that it can be compiled and captured."""
+        decoder = self.hf.model.language_model
+        out = decoder(inputs_embeds=decoder.embed_tokens(token[:, None]), attention_mask=visible[:, None, None],
+                      position_ids=visible.sum(-1, keepdim=True) - 1, past_key_values=cache, use_cache=True)
+        return self.next_ids(out.last_hidden_state)
+
+    def compile_decode(self, **kwargs):
+        """Fuses the small kernels of a step, once for all lengths, and on a GPU replays each answer's steps as a CUDA graph.
+        It takes a while, which many or long answers earn back."""
+        self.decode = torch.compile(self.decode, dynamic=True, fullgraph=True, **kwargs)
+        self.use_graph = self.unsaid.is_cuda
+
+    def capture(self, token, visible, cache):
+        """`decode` as a CUDA graph over these tensors: hundreds of kernels for the price of one launch."""
+        token, graph = token.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):    # records, computes nothing
+            ids = self.decode(token, visible, cache)
+        self.graph = graph               # must outlive its last launch; the next capture waits for that
+
+        def replay(new_token, visible, cache):
+            token.copy_(new_token)
+            graph.replay()
+            return ids
+        return replay
+
+    @torch.inference_mode()
     def stream(self, batch, max_new_tokens=128, stop=True):
         """Greedy decoding: yields (B,) ids a step until every row has ended; rows that have ended yield padding.
 
         One prefill over prompt and block, then one step a token. The batch must be left padded. With stop=False all
         max_new_tokens are decoded whatever they are (for timing)."""
-        tokenizer, decoder = self.processor.tokenizer, self.hf.model.language_model
-        eos = torch.tensor(tokenizer.convert_tokens_to_ids(list(self.backbone.eos)), device=self.hf.device)
-        mask, done = batch["attention_mask"], torch.zeros(len(batch["input_ids"]), dtype=torch.bool, device=eos.device)
-        cache = transformers.DynamicCache(config=decoder.config)
+        tokenizer, (B, T) = self.processor.tokenizer, batch["input_ids"].shape
+        eos = torch.tensor(tokenizer.convert_tokens_to_ids(list(self.backbone.eos)), device=self.unsaid.device)
+        cache = transformers.Cache([Slots(T + max_new_tokens) for _ in self.hf.model.language_model.layers])
         h, _ = self.states(batch, past_key_values=cache, use_cache=True)
+        ids, decode, on_gpu = self.next_ids(h), self.decode, eos.is_cuda
+        visible = F.pad(batch["attention_mask"].bool(), (0, max_new_tokens))            # (B, S)
+        done = torch.zeros(B, dtype=torch.bool, device=eos.device)
         for step in range(max_new_tokens):
-            logits = self.hf.lm_head(h[:, -1]).float()                                  # (B, V)
-            logits[:, self.think_ids] = -torch.inf                                      # the block is placed, not said
-            token = torch.where(done, tokenizer.pad_token_id, logits.argmax(-1))
+            token = torch.where(done, tokenizer.pad_token_id, ids)
             yield token
-            done |= torch.isin(token, eos) if stop else False
-            if (stop and done.all()) or step == max_new_tokens - 1:
+            if step == max_new_tokens - 1:
                 return
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            h = decoder(inputs_embeds=decoder.embed_tokens(token[:, None]), attention_mask=mask, use_cache=True,
-                        position_ids=mask.sum(-1, keepdim=True) - 1, past_key_values=cache).last_hidden_state
+            if stop:
+                done = done | torch.isin(token, eos)
+                ended = done.all()
+                if on_gpu:    # it is asked while the next step runs, so that the GPU never waits
+                    ended, asked = ended.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
+                elif ended:
+                    return
+            visible[:, T + step] = True
+            if self.use_graph and step == 2:    # the steps before warmed it up, and an answer of a word ends there
+                decode = self.capture(token, visible, cache)
+            ids = decode(token, visible, cache)
+            if stop and on_gpu:
+                asked.synchronize()
+                if ended:
+                    return
 
     def generate(self, batch, max_new_tokens=128):
         """Greedy answers, one string a row."""

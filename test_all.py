@@ -1,12 +1,13 @@
 """Invariants, on the CPU, without network:    python -m pytest -q test_all.py"""
 import contextlib
 import copy
+import dataclasses
 import functools
 import http.server
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import runpy
@@ -84,42 +85,43 @@ def run(program, *args, fails=False):
     return err.getvalue() if fails else out.getvalue()
 
 
-def python(*command):
-    """(stdout, stderr, status) of a Python of its own."""
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=HERE, timeout=100)
-    return done.stdout, done.stderr, done.returncode
-
-
 # Processes of a server that has the imports done: a fork of this one, which has used its threads, could not train.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["test_all"])
 
 
-def train_process(log, args, env, kill_in_save):
+@pytest.fixture(scope="session", autouse=True)
+def server():
+    multiprocessing.forkserver.ensure_running()    # it imports while the first tests run
+
+
+
+def child(target, log, args, env):
     multiprocessing.set_start_method("fork", force=True)    # of data processes, as anywhere else
+    torch.set_num_threads(1)                                # a fork waits for more for ever
     os.environ.update(env)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-    saves, save = [], safetensors.torch.save_model
-
-    def counted_save(*args):    # of the heads, when the adapter is written and the optimizer is not
-        saves.append(args)
-        os.kill(os.getpid(), signal.SIGKILL) if len(saves) == kill_in_save else save(*args)
-
-    safetensors.torch.save_model = counted_save
-    run_path("train.py", args)
+    target(*args)
 
 
-def start_train(log, *args, kill_in_save=None, **env):
-    """train.py in a process of its own, which prints to the file `log`."""
-    process = PROCESSES.Process(target=train_process, args=(str(log), args, env, kill_in_save))
+def start(target, log, *args, **env):
+    """A process that runs target(*args) and prints to the file `log`."""
+    process = PROCESSES.Process(target=child, args=(target, str(log), args, env))
+    process.log = str(log)
     process.start()
     return process
 
 
-def ended(process, log, status=0):
-    process.join(100)
-    assert process.exitcode == status, open(log).read()[-2000:]
+def ended(*processes, status=0):
+    for process in processes:
+        process.join(60)
+        process.kill()    # if it hangs
+        assert process.exitcode == status, open(process.log).read()[-2000:]
+
+
+def train(*args):
+    run_path("train.py", args)
 
 
 @pytest.fixture(scope="session")
@@ -333,6 +335,25 @@ def test_cached_greedy_equals_uncached_and_transformers_generate(coat):
     assert torch.equal(ours, theirs[:, batch["input_ids"].shape[1]:])
 
 
+def test_a_compiled_step_says_the_same_and_is_compiled_once_for_all_lengths(monkeypatch):
+    coat = load_coat("tiny")
+    batches = [build_inputs(coat, [noise(s), noise(s / 2)], ["?", "Which note is it?"]) for s in (1.0, 2.2)]
+    plain = [greedy(coat, batch) for batch in batches]
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    coat.compile_decode(backend="eager")
+    assert all(torch.equal(greedy(coat, batch), ids) for batch, ids in zip(batches, plain))
+
+
+def test_rows_that_have_ended_yield_padding_and_the_last_one_ends_the_stream(tiny, monkeypatch):
+    batch = build_inputs(tiny, [noise(1.0), noise(2.2, 5)], ["Which?", "Which note is it?"])
+    free = greedy(tiny, batch, 12)
+    eos = tiny.processor.tokenizer.convert_ids_to_tokens([free[0, 2], free[1, 4]])
+    monkeypatch.setattr(tiny, "backbone", dataclasses.replace(tiny.backbone, eos=tuple(eos)))
+    ids = torch.stack(list(tiny.stream(batch, 12)), 1)
+    assert ids.shape[1] == 5 and torch.equal(ids[0, :3], free[0, :3]) and torch.equal(ids[1], free[1, :5])
+    assert (ids[0, 3:] == tiny.processor.tokenizer.pad_token_id).all()
+
+
 def test_response_only_ce_equals_the_loss_of_transformers(coat, rows):
     batch = build_inputs(coat, *rows)
     with torch.no_grad():
@@ -444,6 +465,10 @@ def test_new_rows_are_the_same_at_every_load_and_padded_tables_keep_their_size(c
     assert all(torch.equal(a, b) for a, b in zip(*rows))
 
 
+def print_greedy(adapter, batch):
+    print(greedy(load_coat(adapter=adapter), torch.load(batch, weights_only=True)).tolist())
+
+
 def test_adapter_reloaded_merged_and_in_plain_peft_and_plain_transformers_says_the_same(coat, hub, tmp_path):
     batch = build_inputs(coat, [noise(1.0), noise(31, 5)], ["Which?", "Which note is it?"])
     want = greedy(coat, batch)
@@ -453,10 +478,9 @@ def test_adapter_reloaded_merged_and_in_plain_peft_and_plain_transformers_says_t
 
     if coat.name == "audio-flamingo-3":    # the one whose table has to grow again
         torch.save(batch, tmp_path / "batch.pt")
-        code = f"""import torch; from model import load_coat
-coat, batch = load_coat(adapter={str(tmp_path / "adapter")!r}), torch.load({str(tmp_path / "batch.pt")!r}, weights_only=True)
-print(torch.stack(list(coat.stream(batch, 8, stop=False)), 1).tolist())"""
-        assert json.loads(python("-c", code)[0]) == want.tolist()
+        process = start(print_greedy, tmp_path / "log", str(tmp_path / "adapter"), tmp_path / "batch.pt")
+        ended(process)
+        assert json.loads(open(process.log).read().splitlines()[-1]) == want.tolist()
 
     lm, processor = load_backbone(coat.name, hub[coat.name])
     model.add_think_tokens(lm, processor.tokenizer)
@@ -894,9 +918,10 @@ def test_bad_audio_is_refused_with_its_name_and_a_remedy(bad_clips, tmp_path):
 
 
 def test_error_ends_a_program_in_one_line_without_traceback(bad_clips, tmp_path):
-    out, err, status = python("infer.py", "ask", "tiny", tmp_path / "text.wav", "--question", "?")
-    assert status == 1 and not out and len(err.splitlines()) == 1
-    assert err.startswith("error: cannot decode") and "text.wav" in err
+    done = subprocess.run([sys.executable, "infer.py", "ask", "tiny", tmp_path / "text.wav", "--question", "?"],
+                          capture_output=True, text=True, cwd=HERE, timeout=100)
+    assert done.returncode == 1 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: cannot decode") and "text.wav" in done.stderr
     assert "missing.wav" in run("infer.py", "ask", "tiny", tmp_path / "missing.wav", "--question", "?", fails=True)
 
 
@@ -1404,8 +1429,18 @@ def logged(folder, key="loss"):
         return [json.loads(line)[key] for line in file]
 
 
+ALL_FIVE = ["--data", "tones:note", "--stage", "2:all", "--batch", 2, "--calibrate", 2, "--workers", 0, "--heldout", 0]
+
+
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+def all_five(tmp_path_factory):
+    """(process, folder) of a run with all experts; it takes 2 GB, and ten seconds beside the run of `trained`."""
+    folder = tmp_path_factory.mktemp("all_five")
+    return start(train, folder / "log", *ALL_FIVE, "--random-teachers", "--out", folder / "all"), folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, all_five):
     """(run folder, what was printed) of a run long enough to learn two kinds of question."""
     out = str(tmp_path_factory.mktemp("runs") / "learned")
     return out, run("train.py", "--data", "tones:louder,note", "--stage", "40:recon", "--stage", "20:recon,pitch",
@@ -1433,17 +1468,16 @@ def test_ask_answers_from_a_run_and_the_printed_command_works(trained):
     assert told["prompt_tokens"] == base["prompt_tokens"] + told["n_audio"] + 2
 
 
-def test_all_five_experts_train_together_and_a_missing_teacher_stops_before_the_first_step(tmp_path):
-    flags = ["--data", "tones:note", "--stage", "2:all", "--batch", 2, "--calibrate", 2, "--workers", 0, "--heldout", 0]
-    log = tmp_path / "log"
-    ended(start_train(log, *flags, "--random-teachers", "--out", tmp_path / "all"), log)    # not here: it takes 2 GB
-    assert log.read_text().count("RANDOM WEIGHTS") == 3
-    first, second = (json.loads(line) for line in open(tmp_path / "all" / "log.jsonl"))
+def test_all_five_experts_train_together_and_a_missing_teacher_stops_before_the_first_step(all_five, tmp_path):
+    process, folder = all_five
+    ended(process)
+    assert open(process.log).read().count("RANDOM WEIGHTS") == 3
+    first, second = (json.loads(line) for line in open(folder / "all" / "log.jsonl"))
     for term in ("recon", "speech", "sound", "affect", "pitch", "pitch_aux"):
         assert 0 < second[term] != first[term] > 0
-    names = safetensors.torch.load_file(tmp_path / "all" / "checkpoint-2" / "heads.safetensors")
+    names = safetensors.torch.load_file(folder / "all" / "checkpoint-2" / "heads.safetensors")
     assert {name.split(".")[0] for name in names} == {"recon", *EXPERTS}
-    missing = run("train.py", *flags, "--teacher-speech", tmp_path / "no.pt", "--out", tmp_path / "none", fails=True)
+    missing = run("train.py", *ALL_FIVE, "--teacher-speech", tmp_path / "no.pt", "--out", tmp_path / "none", fails=True)
     assert "no.pt" in missing and not os.path.exists(tmp_path / "none")
 
 
@@ -1486,12 +1520,24 @@ def test_checkpointing_changes_no_step(tmp_path):
     np.testing.assert_allclose(logged(tmp_path / "flags"), logged(tmp_path / "plain"), rtol=1e-6)
 
 
-def two_ranks(log, *args, **kwargs):
+def two_ranks(log, *args, rank0=train):
     """Two processes of train.py as torchrun would start them, in fewer seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return [start_train(f"{log}{rank}", *args, RANK=str(rank), **env, **(kwargs if rank == 0 else {})) for rank in (0, 1)]
+    return [start(target, f"{log}{rank}", *args, RANK=str(rank), **env) for rank, target in enumerate((rank0, train))]
+
+
+def train_and_die(*args):
+    """train.py, killed in the middle of its second checkpoint: the adapter is written and the optimizer is not."""
+    saves, save = [], safetensors.torch.save_model
+
+    def save_heads(*args):
+        saves.append(args)
+        os.kill(os.getpid(), signal.SIGKILL) if len(saves) == 2 else save(*args)
+
+    safetensors.torch.save_model = save_heads
+    train(*args)
 
 
 @pytest.fixture(scope="session")
@@ -1507,11 +1553,11 @@ def mixed_runs(tmp_path_factory):
     flags = ["--data", folder / "rows.jsonl", "--stage", "2:recon,pitch", "--stage", "2:recon", "--batch", 8, "--calibrate", 8,
              "--save-every", 1, "--keep", 9, "--workers", 1]
     assert (plan_stage(Manifest(str(folder / "rows.jsonl")), 2, 8, 0, 0)[0] < 6).sum() == 6
-    killed = two_ranks(folder / "killed.log", *flags, "--out", folder / "killed", kill_in_save=2)
+    killed = two_ranks(folder / "killed.log", *flags, "--out", folder / "killed", rank0=train_and_die)
     whole = two_ranks(folder / "whole.log", *flags, "--out", folder / "whole")
-    ended(killed[0], folder / "killed.log0", -signal.SIGKILL)
+    ended(killed[0], status=-signal.SIGKILL)
     killed[1].kill()
-    [ended(process, f"{folder}/whole.log{rank}") for rank, process in enumerate(whole)]
+    ended(*whole)
     return flags, folder
 
 
@@ -1536,7 +1582,7 @@ def test_two_ranks_killed_while_saving_resume_bit_for_bit_across_stages_and_refu
     killed = folder / "killed"
     assert sorted(n for n in os.listdir(killed) if "checkpoint" in n) == ["checkpoint-1", "checkpoint-2.tmp"]
     assert "--lr (was 0.002, now 1.0)" in run("train.py", "--resume", killed, "--lr", 1, fails=True)
-    [ended(process, f"{killed}.log{rank}") for rank, process in enumerate(two_ranks(f"{killed}.log", "--resume", killed))]
+    ended(*two_ranks(f"{killed}.log", "--resume", killed))
     for key in ("step", "loss", "recon", "grad_norm"):
         assert logged(killed, key) == logged(folder / "whole", key)
     for name in ("adapter_model", "heads"):
@@ -1571,7 +1617,9 @@ def test_tensorboard_gets_the_log_and_is_asked_for_in_one_line(tmp_path, monkeyp
 @pytest.mark.parametrize("program, flags, words", [
     ("train.py", ["--nonsense"], "unrecognized arguments: --nonsense"), ("train.py", ["--backbone", "gpt"], "there are"),
     ("train.py", ["--stage", "x:recon"], "STEPS:EXPERTS"), ("train.py", ["--resume", "nowhere"], "nowhere"),
-    ("train.py", ["--data", "nowhere.jsonl"], "no manifest"), ("infer.py", ["ask", "nowhere", "x.wav", "--question", "?"], "no file")])
+    ("train.py", ["--data", "nowhere.jsonl"], "no manifest"), ("infer.py", ["ask", "nowhere", "x.wav", "--question", "?"], "no file"),
+    ("bench.py", ["latency", "--seconds", "1,x"], "no list of seconds"), ("bench.py", ["latency", "--seeds", "0"], "at least 1"),
+    ("bench.py", ["loss", "--tokens", "20", "--hidden", "16"], "--tokens at least")])
 def test_wrong_flags_end_in_one_line(program, flags, words):
     assert words in run(program, *flags, fails=True)
 
@@ -1801,18 +1849,37 @@ def test_probe_finds_what_is_there_and_no_recording_lies_on_both_sides(trained, 
 # ----------------------------------------------------------------------------------------------------------------------
 # bench.py
 
-def test_bench_counts_the_tokens_it_decodes():
-    text = run("bench.py", "latency", "--backbone", "tiny", "--seconds", "1,3", "--cot-tokens", 6, "--answer-tokens", 3, "--seeds", 1)
-    result = json.loads(text.splitlines()[-1])
-    by = {(row["seconds"], row["arm"]): row for row in result["rows"]}
-    assert by[3, "CoAT"]["prompt"] == by[3, "base"]["prompt"] + 75 + 2 == by[3, "base"]["prompt"] + by[3, "CoAT"]["block"]
-    assert [by[1, arm]["decoded"] for arm in ("base", "CoAT", "text-CoT")] == [3, 3, 9]
+def bench(*args):
+    return json.loads(run("bench.py", *args).splitlines()[-1])
 
 
-def test_bench_train_and_facts_run_and_count():
-    rows = json.loads(run("bench.py", "train", "--seconds", "1,2", "--repeats", 1, "--no-teachers").splitlines()[-1])["rows"]
-    steps = {(row["seconds"], row["step"]): row for row in rows}
-    assert steps[2, "targets given"]["tokens"] == steps[1, "targets given"]["tokens"] + 50
-    facts = json.loads(run("bench.py", "facts").splitlines()[-1])["backbones"]
+def test_bench_latency_counts_tokens_and_says_what_transformers_says(tmp_path):
+    found = bench("latency", "--seconds", "1,3", "--cot-tokens", 6, "--answer-tokens", 3, "--seeds", 1, "--batch", 2,
+                  "--plot", tmp_path / "latency.png")
+    by = {(row["audio"], row["arm"]): row for row in found["rows"]}
+    assert by["3 s", "CoAT"]["prompt"] - by["3 s", "base"]["prompt"] == by["3 s", "CoAT"]["block"] == 75 + 2
+    assert [by["1 s", arm]["decoded"] for arm in ("base", "CoAT", "text-CoT", "generate")] == [3, 3, 9, 3]
+    assert all(ratio["same_ids"] == ratio["clips"] == 1 for ratio in found["ratios"])
+    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_train_takes_the_same_rows_both_ways_with_less_padding_in_ours():
+    found = bench("train", "--steps", 2, "--batch", 4, "--mix", "1,4", "--seconds", "1", "--repeats", 1, "--no-teachers")
+    assert found["mix"]["ours"]["padding"] < found["mix"]["plain"]["padding"]
+    assert found["mix"]["ratio"]["rows_per_s"] == pytest.approx(found["mix"]["ratio"]["tokens_per_s"])
+    assert [row["work"] for row in found["rows"]] == ["step, targets known", "step"]
+
+
+def test_bench_loss_is_that_of_transformers_in_less_time_and_memory():
+    rows = bench("loss", "--hidden", 16, "--tokens", 200, "--targets", 10, "--repeats", 1)["rows"]
+    assert rows["ours"]["loss"] == pytest.approx(rows["plain"]["loss"])
+    assert rows["plain / ours"]["s"] > 2 and not rows["plain / ours"]["peak_mib"] <= 5    # NaN where it cannot be measured
+
+
+def test_bench_scale_fits_a_power_and_facts_count():
+    found = bench("scale", "--seconds", "1,4", "--repeats", 1, "--ranks")
+    first = [cost[0] for cost in found["costs"]]
+    assert found["exponents"]["all"][0] == pytest.approx(math.log(first[1] / first[0]) / math.log(4))
+    facts = bench("facts")["backbones"]
     assert [facts[name]["LoRA of rank 16 (tiny: 32)"] for name in NAMES] == [39976960, 40370176, 40370176]
     assert facts["audio-flamingo-3"]["their ids"] == "151672 .. 151674"
