@@ -925,6 +925,14 @@ def test_error_ends_a_program_in_one_line_without_traceback(bad_clips, tmp_path)
     assert "missing.wav" in run("infer.py", "ask", "tiny", tmp_path / "missing.wav", "--question", "?", fails=True)
 
 
+def test_out_of_memory_is_one_line_with_the_flags_that_need_less(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    data.one_line_errors()
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 1 GiB.")
+    sys.excepthook(type(error), error, None)
+    assert re.fullmatch("error: CUDA out of memory; .*--micro-batch 1, --checkpointing.*\n", capsys.readouterr().err)
+
+
 def test_eight_channels_at_96_khz_are_read_as_mono(tmp_path):
     t = np.arange(96000) / 96000
     path = wav(tmp_path, "eight.wav", np.stack([np.sin(2 * np.pi * 440 * t)] * 8, 1) / 2, 96000)
@@ -1616,7 +1624,8 @@ def test_tensorboard_gets_the_log_and_is_asked_for_in_one_line(tmp_path, monkeyp
 
 @pytest.mark.parametrize("program, flags, words", [
     ("train.py", ["--nonsense"], "unrecognized arguments: --nonsense"), ("train.py", ["--backbone", "gpt"], "there are"),
-    ("train.py", ["--stage", "x:recon"], "STEPS:EXPERTS"), ("train.py", ["--resume", "nowhere"], "nowhere"),
+    ("train.py", ["--stage", "x:recon"], "STEPS:EXPERTS"), ("train.py", ["--batch", "0"], "--batch must be at least 1"),
+    ("train.py", ["--resume", "nowhere"], "nowhere"),
     ("train.py", ["--data", "nowhere.jsonl"], "no manifest"), ("infer.py", ["ask", "nowhere", "x.wav", "--question", "?"], "no file"),
     ("bench.py", ["latency", "--seconds", "1,x"], "no list of seconds"), ("bench.py", ["latency", "--seeds", "0"], "at least 1"),
     ("bench.py", ["loss", "--tokens", "20", "--hidden", "16"], "--tokens at least")])

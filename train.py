@@ -108,6 +108,9 @@ name = (saved | given).get("backbone", defaults["backbone"])
 if name not in BACKBONES:
     raise InputError(f"--backbone {name}: there are {', '.join(BACKBONES)}")
 args = SimpleNamespace(**defaults | BACKBONES[name].train | saved | given)
+for flag in ("batch", "micro_batch", "calibrate", "save_every", "keep"):
+    if getattr(args, flag) is not None and getattr(args, flag) < 1:
+        raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
 
 if args.threads:
     torch.set_num_threads(args.threads)
@@ -161,7 +164,7 @@ def say(text):
         tqdm.write(text)
 
 
-micro = args.micro_batch or args.batch // world
+micro = args.micro_batch or max(1, args.batch // world)
 if args.batch % (micro * world):
     raise InputError(f"--batch {args.batch} is not a multiple of {world} ranks times --micro-batch {micro}")
 accumulate = args.batch // (micro * world)    # micro-batches a step on each rank
