@@ -113,7 +113,7 @@ def hardware(device):
     """{machine, flops: FLOP/s of a matrix product, bandwidth: bytes/s of a copy, read and written}, here and now."""
     dtype, n = (torch.bfloat16, 4096) if device.type == "cuda" else (torch.float32, 1024)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.empty(n * 2 ** 16, device=device)
+    source = torch.ones(n * 2 ** 16, device=device)    # memory nobody has written to yet is not read
     target = torch.empty_like(source)
     product, copy = median_seconds([lambda: a @ b, lambda: target.copy_(source)], device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -169,6 +169,12 @@ def theirs(coat, batch, n_tokens, device):
     return times[1] - times[0], now(device) - times[1], ids[:, batch["input_ids"].shape[1]:]
 
 
+def same_until(eos, a, b):
+    """Whether ids (B, n) agree up to the eos, after which ours goes on and theirs was not allowed to end."""
+    alive = torch.isin(a, eos).cumsum(1) == 0
+    return torch.equal(a[alive], b[alive])
+
+
 def listen(coat, arms, low, high, args, machine, device):
     """{arm: [a run a clip]}: for each seed `--samples` clips of low to high seconds, heard by every arm in turn."""
     runs = {arm: [] for arm in arms}
@@ -203,6 +209,7 @@ def latency(args):
           f"generate is that of transformers.\nMilliseconds: mean (deviation) of {args.seeds} seeds, median of the "
           f"clips; at: share of what the hardware could do.\n\n{'audio':>8} {'arm':8}{'prompt':>7}{'block':>6}"
           f"{'decoded':>8}{'first token':>23}{'at':>6}{'decoding':>23}{'at':>6}{'total':>23}")
+    eos = torch.tensor(coat.processor.tokenizer.convert_tokens_to_ids(list(coat.backbone.eos)), device=device)
     rows, ratios, points = [], [], []
     for low, high in ranges:
         runs = listen(coat, arms, low, high, args, machine, device)
@@ -225,7 +232,7 @@ def latency(args):
             "audio": row["audio"], "prompt": ratio("prompt", "CoAT", "base"), "first": ratio("first", "CoAT", "base"),
             "total": ratio("total", "CoAT", "text-CoT"), "first_generate": ratio("first", "CoAT", "generate"),
             "speed_generate": ratio("decoding", "generate", "CoAT"), "clips": len(runs["CoAT"]),
-            "same_ids": sum(torch.equal(x["ids"], y["ids"]) for x, y in zip(runs["CoAT"], runs["generate"]))})
+            "same_ids": sum(same_until(eos, x["ids"], y["ids"]) for x, y in zip(runs["CoAT"], runs["generate"]))})
         print("{0:9}CoAT / base: prompt {prompt:.2f}, first token {first:.2f}; / text-CoT: total {total:.2f};\n{0:9}"
               "/ generate: first token {first_generate:.2f}, tokens/s {speed_generate:.2f}, same ids {same_ids} of "
               "{clips}\n".format("", **ratios[-1]))
@@ -433,6 +440,9 @@ def scale(args):
     for name, some in (("all", slice(None)), ("last two", slice(-2, None))) if len(seconds) > 1 else ():
         fits[name] = [exponent(seconds[some], cost[some]) for cost in zip(*costs)]
         print("cost ~ length to the power of {:.2f} and {:.2f} ({})".format(*fits[name], name))
+    if args.random_weights:
+        print("ranks: not with --random-weights, which train.py does not have")
+        args.ranks = []
     for n in args.ranks:
         speeds.append(ranks_speed(n, args))
         print(f"{n} ranks: {speeds[-1]:.0f} tokens/s, a rank {speeds[-1] / n * args.ranks[0] / speeds[0]:.0%} of the first")
@@ -520,7 +530,7 @@ if __name__ == "__main__":
     add("--repeats", type=positive, default=3)
     add = command(scale, "cost against audio length and number of ranks")
     add("--seconds", default="1,3,10,30,60,120")
-    add("--ranks", type=positive, nargs="*", default=[1, 2])
+    add("--ranks", type=positive, nargs="*", default=[1, 2] if not on_gpu else list(range(1, torch.cuda.device_count() + 1)))
     add("--repeats", type=positive, default=3)
     add = command(facts, "parameters, token ids and training memory of the full backbones", with_model=False)
     add("--head-width", type=positive, default=1024, help="the narrow heads to count beside the full ones")

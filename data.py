@@ -45,7 +45,7 @@ def one_line_errors():
             print(f"error: {error}", file=sys.stderr)
         elif issubclass(kind, torch.OutOfMemoryError):
             print(f"error: {str(error).split('. ')[0]}; train.py needs less with --micro-batch 1, --checkpointing or "
-                  "--head-width 1024", file=sys.stderr)
+                  "--head-width 1024, infer.py with --batch 1", file=sys.stderr)
         elif issubclass(kind, KeyboardInterrupt):
             print("stopped", file=sys.stderr)
         else:
@@ -56,9 +56,14 @@ def one_line_errors():
 def usable_device(name):
     """torch.device of a --device flag. Raises InputError if this machine cannot use it."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {name}: {str(e).splitlines()[0]}; give cpu") from e
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: give cpu or cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)    # streams, graphs and memory figures are those of this one
+    return device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,12 +85,15 @@ def open_audio(path, start=None, end=None):
         file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as e:
         raise InputError(f"cannot decode '{path}' ({e.error_string}); give wav, flac, ogg or mp3") from e
+    if not math.isfinite(start or 0) or not math.isfinite(end or 0):
+        raise InputError(f"from {start} s to {end} s: give numbers of seconds")
     first = round((start or 0) * file.samplerate)
     last = file.frames if end is None else min(file.frames, round(end * file.samplerate))
     if file.frames == 0:
         raise InputError(f"'{path}' holds no samples; record it again or drop the row")
     if not 0 <= first < last:
-        raise InputError(f"'{path}' has nothing from {start} s to {end} s; it lasts {file.frames / file.samplerate:.2f} s")
+        raise InputError(f"'{path}' has nothing from {start or 0} s to {end or 'its end'}; it lasts "
+                         f"{file.frames / file.samplerate:.2f} s")
     check_seconds((last - first) / file.samplerate, f"'{path}'")
     return file, first, last - first
 
@@ -165,11 +173,18 @@ class Manifest:
         for key in ("prompt", "response", "task"):
             if not isinstance(row.get(key), str) or not row[key].strip():
                 raise InputError(f"{where}: \"{key}\" is missing or empty; every row needs one")
+            if re.search("[\ud800-\udfff]", row[key]):
+                raise InputError(f"{where}: \"{key}\" holds half a character (a lone surrogate); remove it")
+        choices = row.get("choices") or []
+        if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+            raise InputError(f"{where}: \"choices\" is no list of texts; write [\"yes\", \"no\"]")
         if not isinstance(row["audio"], (str, type(None))):
             raise InputError(f"{where}: \"audio\" is no path; give one, or null for a row of text")
         for key in ("start", "end", "seconds"):
-            if not isinstance(row.get(key), (int, float, type(None))):
+            if not isinstance(row.get(key), (int, float, type(None))) or not math.isfinite(row.get(key) or 0):
                 raise InputError(f"{where}: \"{key}\" is no number; give seconds")
+        if row["audio"] is not None and row["seconds"] is not None and row["seconds"] <= 0:
+            raise InputError(f"{where}: \"seconds\" is not above 0; leave it out")
         return row
 
     def __len__(self):

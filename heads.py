@@ -29,7 +29,7 @@ class ProjectionHead(nn.Module):
         self.kind, width = kind, width or d
         self.reduce = nn.Linear(d, width) if width != d else nn.Identity()
         if kind == "transformer":
-            self.n_heads = max(1, width // HEAD_DIM)
+            self.n_heads = max(k for k in range(1, max(1, width // HEAD_DIM) + 1) if width % k == 0)
             self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
             self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
             self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))

@@ -13,27 +13,29 @@ before training. Rows are a manifest, see data.py, or held-out made tones: tones
 import argparse
 import csv
 import functools
-import hashlib
+import http.client
 import importlib
 import json
 import os
+import pickle
 import re
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import safetensors.torch
 import torch
 
-from data import (SAMPLE_RATE, TONES, Rows, Tones, at_rate, checkpoint_steps, collate, latest_checkpoint,
+from data import (SAMPLE_RATE, TONES, Rows, Tones, at_rate, checkpoint_steps, collate, fingerprint, latest_checkpoint,
                   one_line_errors, open_source, read_audio, teacher_targets, to_device, usable_device)
 from experts import EXPERTS, load
 from heads import ProjectionHead, expert_loss
-from model import BACKBONES, MAX_SECONDS, InputError, build_inputs, load_coat, load_text_think, pad_rows
+from model import BACKBONES, InputError, build_inputs, load_coat, load_text_think, pad_rows
 
 # Rated by a judge (appendix B), since no comparison of strings could; the other tasks are those of `measure`.
 JUDGED = ("caption", "music", "spoken_instruction", "text")
@@ -118,15 +120,6 @@ def batches(coat, source, rows, args, think=True):
         yield to_device(batch, coat.hf.device)
 
 
-def answer_batch(coat, batch, max_new_tokens):
-    """[(greedy answer, tokens decoded, with the one that ends it)], one a row."""
-    ids = torch.stack(list(coat.stream(batch, max_new_tokens)), dim=1)                      # (B, steps)
-    eos = torch.tensor(coat.processor.tokenizer.convert_tokens_to_ids(list(coat.backbone.eos)), device=ids.device)
-    before = (torch.isin(ids, eos).cumsum(1) == 0).sum(1)                                   # (B,)
-    texts = coat.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [(text.strip(), min(int(n) + 1, ids.shape[1])) for text, n in zip(texts, before)]
-
-
 def ask(args):
     """One question about each clip; the answer is printed as it comes."""
     folder = args.text_think if isinstance(args.text_think, str) else None    # True: the flag without a folder
@@ -154,7 +147,7 @@ def ask(args):
                 shown = len(text)
         if args.json:
             print(json.dumps({
-                "audio": path, "question": args.question, "answer": text, "n_audio": int(batch["n_audio"]),
+                "audio": path, "question": args.question, "answer": text.strip(), "n_audio": int(batch["n_audio"]),
                 "prompt_tokens": batch["input_ids"].shape[1], "new_tokens": len(ids),
                 "seconds_to_first_token": round(first - begin, 4), "seconds": round(time.time() - begin, 4)}))
         else:
@@ -216,14 +209,19 @@ def interval(counts, statistic, samples=1000):
 
 
 def word_errors(lines, normalise):
-    """[(errors, words)] of transcripts; references without a word, once tags and fillers are gone, are left out."""
+    """[(errors, words)] of transcripts; references without a word once GigaSpeech's tags are gone are left out (app. B)."""
     jiwer, counts = need("jiwer", "jiwer"), []
     for line in lines:
-        reference = normalise(re.sub("<(MUSIC|NOISE|SIL|OTHER)>", " ", line["response"]))    # GigaSpeech's (appendix B)
+        reference, heard = re.sub("<(MUSIC|NOISE|SIL|OTHER)>", " ", line["response"]), normalise(line["answer"])
+        if not reference.strip():
+            continue
+        reference = normalise(reference)
         if reference.strip():
-            out = jiwer.process_words(reference, normalise(line["answer"]))
+            out = jiwer.process_words(reference, heard)
             missed = out.substitutions + out.deletions
             counts.append((missed + out.insertions, missed + out.hits))
+        else:    # nothing but fillers such as "uh": all that is heard is wrong, as jiwer counts over many rows
+            counts.append((len(heard.split()), 0))
     return counts
 
 
@@ -271,7 +269,10 @@ def normaliser(path=None):
         return EnglishTextNormalizer({})
     with open(path, encoding="utf-8") as file:
         try:
-            return EnglishTextNormalizer(dict(json.load(file)))
+            words = dict(json.load(file))
+            if not all(isinstance(word, str) for word in words.values()):
+                raise ValueError(path)
+            return EnglishTextNormalizer(words)
         except (ValueError, TypeError) as e:
             raise InputError(f"'{path}' is no map of words; give normalizer.json of a Whisper model") from e
 
@@ -281,13 +282,9 @@ def run_of(args, source):
     name = args.model
     if name not in BACKBONES:
         name = os.path.abspath(name if os.path.isfile(os.path.join(name, "coat.json")) else latest_checkpoint(name))
-    rows = []
-    for path in getattr(source, "paths", ()):    # made tones have none
-        with open(path, "rb") as file:
-            rows.append(hashlib.file_digest(file, "md5").hexdigest())
     return {"model": name, "saved": name not in BACKBONES and os.path.getmtime(os.path.join(name, "coat.json")),
-            "rows": rows or args.data, "model_path": args.model_path, "think": not args.no_think,
-            "max_new_tokens": args.max_new_tokens}
+            "data": os.path.abspath(args.data) if source.files else args.data, "rows": fingerprint(source),
+            "model_path": args.model_path, "think": not args.no_think, "max_new_tokens": args.max_new_tokens}
 
 
 def earlier(path, run):
@@ -312,27 +309,26 @@ def earlier(path, run):
 def rate(args, line):
     """Asks the judge -> what a line of the predictions file says of it. Tries five times. Raises InputError."""
     prompt = JUDGE_PROMPT.format(question=line["prompt"], ground_truth=line["response"], model_response=line["answer"])
-    key = os.environ.get("OPENAI_API_KEY")
-    request = urllib.request.Request(
-        args.judge.rstrip("/") + "/chat/completions", method="POST",
-        headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
-        data=json.dumps({"model": args.judge_model, "messages": [{"role": "user", "content": prompt}],
-                         "temperature": 0, "max_tokens": 1024}).encode())
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    body = json.dumps({"model": args.judge_model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
+                       "max_tokens": 1024}).encode()
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     for attempt in range(5):
         try:
+            request = urllib.request.Request(args.judge.rstrip("/") + "/chat/completions", body, headers)
             with urllib.request.urlopen(request, timeout=120) as reply:
                 reply = json.load(reply)
             text, usage = reply["choices"][0]["message"]["content"] or "", reply.get("usage") or {}
             found = re.findall(r"rating\W*?:\W*(\d+)(?![.,]?\d)", text, re.I)
             rating = int(found[-1]) if found and int(found[-1]) <= 5 else None
             return {"row": line["row"], "judge": args.judge_model, "rating": rating, "reply": text,
-                    "tokens": [usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)]}
+                    "tokens": [int(usage.get(kind) or 0) for kind in ("prompt_tokens", "completion_tokens")]}
         except urllib.error.HTTPError as e:
             why = " ".join(f"{e.code} {e.reason} {e.read(300).decode(errors='replace')}".split())
             if e.code not in (408, 409, 429) and e.code < 500:
                 break
-        except (OSError, ValueError, LookupError, TypeError) as e:    # no connection, cut off, no such reply
-            why = f"{type(e).__name__}: {e}"
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as e:    # cut off, no such reply
+            why = " ".join(f"{type(e).__name__}: {e}".split())
         if attempt < 4:
             time.sleep(2 ** attempt)
     raise InputError(f"the judge at {args.judge} fails ({why}); its key is read from OPENAI_API_KEY. What it has rated "
@@ -359,29 +355,34 @@ def score(args):
 
         if not os.path.getsize(args.out):
             write({"run": run})
-        begin, coat = time.time(), load_model(args.model, device, args.model_path) if left else None
+        begin, coat = time.time(), load_model(run["model"], device, args.model_path) if left else None
         if left and args.compile:
             coat.compile_decode()
         for batch in batches(coat, source, left, args, not args.no_think) if left else ():
             reasons += batch["skipped"]
-            for row, (text, n) in zip(batch["rows"], batch["rows"] and answer_batch(coat, batch, args.max_new_tokens)):
+            for row, text in zip(batch["rows"], batch["rows"] and coat.generate(batch, args.max_new_tokens)):
                 keep = {k: row[k] for k in ("row", "audio", "task", "prompt", "choices", "response") if k in row}
-                answers[row["row"]] = keep | {"answer": text, "new_tokens": n}
+                answers[row["row"]] = keep | {"answer": text}
                 write(answers[row["row"]])
             print(f"{len(answers)} answered, {time.time() - begin:.0f} s")
         if not answers:
             raise InputError(f"none of the {len(source)} rows can be used; the first: {reasons[0]}")
         todo = [line for i, line in sorted(answers.items())
                 if args.judge and line["task"] in JUDGED and not line.get("choices") and i not in rated]
-        for i in range(0, len(todo), 8):    # eight at a time, so that an error costs no more than that
+        failed = None
+        for i in range(0, len(todo), 8):
             with ThreadPoolExecutor(8) as pool:
                 asked = [pool.submit(rate, args, line) for line in todo[i:i + 8]]
-            for reply in sorted(asked, key=lambda reply: reply.exception() is not None):    # an error last
-                rated[reply.result()["row"]] = reply.result()
-                write(reply.result())
+                for reply in as_completed(asked):    # written at once: it is paid for
+                    failed = reply.exception() or failed
+                    if not reply.exception():
+                        rated[reply.result()["row"]] = reply.result()
+                        write(reply.result())
             print(f"{len(rated)} rated by {args.judge_model}")
+            if all(reply.exception() for reply in asked):    # it is not about one row
+                break
 
-    over = sum(float(m[1]) > MAX_SECONDS for reason in reasons if (m := re.search(r"lasts ([\d.]+) s; give", reason)))
+    over = sum("or cut it with" in reason for reason in reasons)    # what data.check_seconds says of those alone
     skipped = {"over 120 s": over, "unusable": len(reasons) - over}
     results = measure([answers[i] for i in sorted(answers)], {i: r["rating"] for i, r in rated.items()}, normalise)
     print(f"{'task':20}{'metric':14}{'rows':>7}{'value':>9}   95 % interval")
@@ -397,6 +398,8 @@ def score(args):
         print(f"judge: {tokens[0]} tokens in, {tokens[1]} out{cost}")
     print(json.dumps({"model": run["model"], "data": args.data, "skipped": skipped, "judge_tokens": tokens,
                       "results": results}))
+    if failed:
+        raise failed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -427,9 +430,13 @@ def load_heads(args, device):
         ("..", "config.json"), ("heads.safetensors",), ("state.pt",))]
     if missing := [path for path in paths if not os.path.isfile(path)]:
         raise InputError(f"no '{missing[0]}'; show needs the folder of a run as train.py wrote it")
-    with open(config) as file:
-        flags = json.load(file)["flags"]
-    scales = torch.load(state, map_location=device, weights_only=True, mmap=True)["scales"]
+    try:
+        with open(config) as file:
+            flags = json.load(file)["flags"]
+        scales = torch.load(state, map_location=device, weights_only=True, mmap=True)["scales"]
+        weights = safetensors.torch.load_file(weights, device=str(device))
+    except (ValueError, LookupError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as e:
+        raise InputError(f"'{checkpoint}' is damaged ({str(e).splitlines()[0]}); copy it again") from e
     if not scales:
         raise InputError(f"'{args.model}' was trained without experts; there is no head to show")
     random = args.random_teachers or flags["random_teachers"]
@@ -440,7 +447,7 @@ def load_heads(args, device):
     heads = torch.nn.ModuleDict({
         name: ProjectionHead(width, experts[name].dim if name in experts else width, flags["head"], flags["head_width"])
         for name in scales}).to(device)
-    safetensors.torch.load_model(heads, weights)
+    heads.load_state_dict(weights)
     return coat, experts, heads, scales
 
 
@@ -519,7 +526,7 @@ def linear_probe(x, labels, groups):
 
 def label_of(row, key):
     """The response, or the choice that it names, or what the manifest says at `key`. Raises InputError."""
-    if key and key not in row:
+    if key and row.get(key) in (None, ""):
         raise InputError(f"row {row['row']} has no \"{key}\"; give --label another key of the manifest")
     choice = not key and row.get("choices") and parse_choice(row["response"], row["choices"])
     return str(choice or row[key or "response"])
@@ -568,9 +575,9 @@ def probe(args):
             cells += f"{r['accuracy']:8.1%} +- {r['deviation']:4.1%}" if r else f"{'-':>16}"
             cells += f"{'-':>7}" if not r or r["rho"] is None else f"{r['rho']:7.2f}"
         print(f"{name:30}{step or '-':>7}{cells}{result['answers']:9.1%}")
+    print(json.dumps({"data": args.data, "label": args.label, "labels": Counter(labels), "results": results}))
     if args.plot:
         plot_probes(figure, results, args)
-    print(json.dumps({"data": args.data, "label": args.label, "labels": Counter(labels), "results": results}))
 
 
 def plot_probes(figure, results, args):
@@ -598,11 +605,12 @@ def plot_probes(figure, results, args):
 
 def merge(args):
     """A plain transformers folder, whole or not at all; in bf16 on a GPU and fp32 on a CPU, as `ask` computes there."""
-    if os.path.exists(args.out):
-        raise InputError(f"'{args.out}' is there already; give the name of a new folder")
+    args.out = os.path.abspath(args.out)
+    for path in (args.out, args.out + ".tmp"):
+        if os.path.exists(path):
+            raise InputError(f"'{path}' is there already; delete it, or give the name of a new folder")
     coat = load_model(args.model, usable_device(args.device), args.model_path)
     try:
-        shutil.rmtree(args.out + ".tmp", ignore_errors=True)
         coat.save(args.out + ".tmp")
     except (OSError, RuntimeError, safetensors.SafetensorError) as e:
         shutil.rmtree(args.out + ".tmp", ignore_errors=True)
@@ -679,10 +687,13 @@ if __name__ == "__main__":
     p.add_argument("out", help="folder to write")
 
     args = parser.parse_args()
-    for flag in ("max_new_tokens", "batch"):
-        if getattr(args, flag, 1) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
+    for flag, least in {"max_new_tokens": 1, "batch": 1, "workers": 0}.items():
+        if getattr(args, flag, least) < least:
+            raise InputError(f"--{flag.replace('_', '-')} must be at least {least}")
     try:
         args.run(args)
+    except BrokenPipeError:    # score .. | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # where the rest goes at exit
+        sys.exit(1)
     except OSError as e:    # no such folder, a full disk; what a program wrote before stays
         raise InputError(f"{e}; check the path and the room on the disk") from e

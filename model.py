@@ -483,6 +483,7 @@ class CoAT(nn.Module):
 
     def merge(self):
         """Folds the adapter into the weights: the same function, without the adapter's cost at each step."""
+        self.eval()    # checkpoint_activations, which is for training, would drop the cache
         if isinstance(self.lm, peft.PeftModel):
             self.lm = self.lm.merge_and_unload()
         return self
@@ -528,7 +529,10 @@ def load_coat(name=None, adapter=None, model_path=None, trainable=False, device=
     lm, processor = load_backbone(name, model_path, device, dtype, random)
     think_ids = add_think_tokens(lm, processor.tokenizer)
     if adapter:
-        lm = peft.PeftModel.from_pretrained(lm, adapter, is_trainable=trainable)
+        try:
+            lm = peft.PeftModel.from_pretrained(lm, adapter, is_trainable=trainable)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+            raise InputError(f"the adapter in '{adapter}' is damaged or not of {name}: {str(e).splitlines()[0]}") from e
     elif trainable:
         lm = add_adapters(lm, BACKBONES[name], think_ids)
     return CoAT(lm, processor, name, model_path, think_ids)

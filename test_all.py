@@ -109,6 +109,7 @@ def start(target, log, *args, **env):
     """A process that runs target(*args) and prints to the file `log`."""
     process = PROCESSES.Process(target=child, args=(target, str(log), args, env))
     process.log = str(log)
+    open(log, "w").close()
     process.start()
     return process
 
@@ -765,7 +766,7 @@ def click(expert, front, token, seconds):
     return resample_frames(change, int(seconds * TOKEN_RATE), expert.frame_rate, expert.offset).norm(dim=1)
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1, 7.77])
+@pytest.mark.parametrize("seconds", [0.3, 1, 3.77])
 def test_a_click_shows_at_its_own_token(seconds):
     n, (tiny, sound, pitch) = int(seconds * TOKEN_RATE), map(teacher, ("affect", "sound", "pitch"))
     for token in {1, n // 3, 2 * n // 3, n - 2}:
@@ -1514,6 +1515,27 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_a_run_stopped_by_a_signal_
     assert logged(tmp_path / "run", "step") == list(range(1, 9))
 
 
+def train_in_a_group(*args):
+    os.setpgid(0, 0)
+    train(*args)
+
+
+def test_a_signal_to_all_processes_of_a_rank_saves_too_and_a_start_without_checkpoint_can_be_started_anew(tmp_path):
+    flags = ["--data", "tones:note", "--stage", "999:recon", *SHORT[4:8], "--workers", 1, "--out", tmp_path / "run"]
+    os.makedirs(tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").write_text("of a run that was killed before its first checkpoint")
+    process = start(train_in_a_group, tmp_path / "log", *flags)
+    while process.is_alive() and "step 3/" not in open(process.log).read():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    ended(process)
+    step = logged(tmp_path / "run", "step")[-1]
+    assert 3 <= step < 999 and "go on with" in open(process.log).read()
+    (tmp_path / "run" / f"checkpoint-{step}" / "state.pt").write_bytes(b"torn")
+    assert "is damaged" in run("train.py", "--resume", tmp_path / "run", fails=True)
+    assert "already holds checkpoints" in run("train.py", *flags, fails=True)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_rows_and_keeps_the_last_good_step(tmp_path):
     flags = ["--data", "tones:note", "--stage", "4:recon:1e30", *SHORT[4:], "--out", tmp_path / "run"]
     error = run("train.py", *flags, fails=True)
@@ -1522,7 +1544,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_and_keeps_the_last_good_s
 
 
 def test_checkpointing_changes_no_step(tmp_path):
-    flags = ["--data", "tones:note", "--stage", "2:recon", *SHORT[4:10], "--heldout", 0]
+    flags = ["--data", "tones:note", "--stage", "2:recon", *SHORT[4:]]
     for name, extra in (("plain", []), ("flags", ["--checkpointing"])):
         run("train.py", *flags, *extra, "--out", tmp_path / name)
     np.testing.assert_allclose(logged(tmp_path / "flags"), logged(tmp_path / "plain"), rtol=1e-6)
@@ -1605,7 +1627,7 @@ def test_two_ranks_killed_while_saving_resume_bit_for_bit_across_stages_and_refu
 
 
 def test_rows_of_text_alone_train_and_log_nothing_of_the_experts(tmp_path):
-    jsonl(tmp_path / "text.jsonl", 4, audio=None)
+    jsonl(tmp_path / "text.jsonl", 4, audio=None, seconds=None)
     run("train.py", "--data", tmp_path / "text.jsonl", "--stage", "2:recon", *SHORT[4:], "--out", tmp_path / "run")
     assert logged(tmp_path / "run", "recon") == [None, None] and logged(tmp_path / "run")[1] > 0
     assert os.path.getsize(tmp_path / "run" / "losses.png") > 5000
@@ -1625,6 +1647,9 @@ def test_tensorboard_gets_the_log_and_is_asked_for_in_one_line(tmp_path, monkeyp
 @pytest.mark.parametrize("program, flags, words", [
     ("train.py", ["--nonsense"], "unrecognized arguments: --nonsense"), ("train.py", ["--backbone", "gpt"], "there are"),
     ("train.py", ["--stage", "x:recon"], "STEPS:EXPERTS"), ("train.py", ["--batch", "0"], "--batch must be at least 1"),
+    ("train.py", ["--stage", "3:recon:abc"], "STEPS:EXPERTS"), ("train.py", ["--lr", "nan"], "a number above 0"),
+    ("train.py", ["--data", "tones:xyz"], "tones:KINDS"), ("train.py", ["--workers", "-1"], "--workers must be at least 0"),
+    ("train.py", ["--device", "meta"], "give cpu or cuda"),
     ("train.py", ["--resume", "nowhere"], "nowhere"),
     ("train.py", ["--data", "nowhere.jsonl"], "no manifest"), ("infer.py", ["ask", "nowhere", "x.wav", "--question", "?"], "no file"),
     ("bench.py", ["latency", "--seconds", "1,x"], "no list of seconds"), ("bench.py", ["latency", "--seeds", "0"], "at least 1"),
@@ -1659,12 +1684,17 @@ def test_wer_is_jiwers_and_accuracy_and_f1_are_sklearns(tmp_path):
     for i in range(40):
         said = [" ".join(rng.choice(words, n)) for n in rng.integers(0, 6, 2)]
         lines.append({"row": i, "task": "asr", "response": said[0] + " <NOISE>", "answer": said[1] * (i % 9 > 0)})
+    lines.append({"row": 40, "task": "asr", "response": "uh", "answer": "the cat"})
     normalise = infer.normaliser()
-    kept = [(normalise(x["response"].removesuffix("<NOISE>")), normalise(x["answer"])) for x in lines]
-    kept = [(reference, heard) for reference, heard in kept if reference]
+    kept = [(normalise(x["response"].removesuffix("<NOISE>")), normalise(x["answer"])) for x in lines
+            if x["response"] != " <NOISE>"]
+    theirs = jiwer.process_words(*map(list, zip(*(pair for pair in kept if pair[0]))))
+    wrong = theirs.substitutions + theirs.deletions + theirs.insertions
+    fillers = sum(len(heard.split()) for reference, heard in kept if not reference)    # "uh": all that is heard is wrong
     wer, = infer.measure(lines, normalise=normalise)
-    assert wer["value"] == jiwer.wer(*map(list, zip(*kept))) and wer["rows"] == len(kept) < 40
-    assert wer["low"] < wer["value"] < wer["high"] and f"{40 - len(kept)} empty references" in wer["note"]
+    np.testing.assert_allclose(wer["value"], (wrong + fillers) / (theirs.substitutions + theirs.deletions + theirs.hits))
+    assert fillers and wer["rows"] == len(kept) < 41
+    assert wer["low"] < wer["value"] < wer["high"] and f"{41 - len(kept)} empty references" in wer["note"]
     assert infer.normaliser(write(tmp_path / "spelling.json", '{"colour": "color"}'))("The Colour, uh!") == "the color"
 
     answers = rng.choice([*FEELINGS, "bored", "", "angry or sad"], 60)
@@ -1707,7 +1737,6 @@ def test_ask_score_the_merged_folder_and_the_readmes_ten_lines_say_the_same(trai
         run("infer.py", "score", name, tmp_path / "rows.jsonl", "--out", out, "--workers", 0, "--max-new-tokens", 20)
         scored = {line["audio"]: line for line in predictions(out)[1:]}
         assert [scored[a["audio"]]["answer"] for a in asked] == [a["answer"].strip() for a in asked]
-        assert [scored[a["audio"]]["new_tokens"] for a in asked] == [a["new_tokens"] for a in asked]
         texts.append([a["answer"].strip() for a in asked])
     with open(os.path.join(HERE, "README.md")) as file:
         code = next(block for block in re.findall("```python\n(.*?)```", file.read(), re.S) if "AutoProcessor" in block)
@@ -1749,7 +1778,7 @@ def test_stopped_score_goes_on_without_repeating_or_losing_a_row_and_counts_what
     whole, cut = (sorted(predictions(tmp_path / name)[1:], key=lambda line: line["row"]) for name in ("whole", "cut"))
     assert whole == cut and [line["row"] for line in cut] == list(range(12))
     assert "was 4, now 5" in score("tones:note,louder:6", tmp_path / "cut", "--max-new-tokens", 5, fails=True)
-    assert "rows was" in score("tones:note", tmp_path / "cut", fails=True)
+    assert "data was" in score("tones:note", tmp_path / "cut", fails=True)
     write(tmp_path / "other", "no JSON\n")
     assert "no file of predictions" in score("tones:note", tmp_path / "other", fails=True)
     assert open(tmp_path / "other").read() == "no JSON\n"

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -108,9 +109,10 @@ name = (saved | given).get("backbone", defaults["backbone"])
 if name not in BACKBONES:
     raise InputError(f"--backbone {name}: there are {', '.join(BACKBONES)}")
 args = SimpleNamespace(**defaults | BACKBONES[name].train | saved | given)
-for flag in ("batch", "micro_batch", "calibrate", "save_every", "keep"):
-    if getattr(args, flag) is not None and getattr(args, flag) < 1:
-        raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
+for flag, least in {"batch": 1, "micro_batch": 1, "calibrate": 1, "save_every": 1, "keep": 1, "threads": 1,
+                    "head_width": 1, "workers": 0, "heldout": 0, "seed": 0}.items():
+    if getattr(args, flag) is not None and getattr(args, flag) < least:
+        raise InputError(f"--{flag.replace('_', '-')} must be at least {least}")
 
 if args.threads:
     torch.set_num_threads(args.threads)
@@ -122,13 +124,15 @@ if args.tensorboard:
 
 stages = []    # (steps, experts, lr)
 for text in args.stage:
-    steps, names, *rate = text.split(":")
-    names = ["recon", *EXPERTS] if names == "all" else names.split(",")
-    unknown = [n for n in names if n not in ["recon", *EXPERTS, "none"]]
-    if unknown or not steps.isdigit() or int(steps) < 1 or len(rate) > 1:
+    try:
+        steps, names, rate = (text.split(":") + [args.lr] * (text.count(":") == 1))
+        names = ["recon", *EXPERTS] if names == "all" else list(dict.fromkeys(names.split(",")))
+        if int(steps) < 1 or not 0 < float(rate) < math.inf or not set(names) <= {"recon", *EXPERTS, "none"}:
+            raise ValueError(text)
+    except ValueError as e:
         raise InputError(f"--stage {text}: give STEPS:EXPERTS or STEPS:EXPERTS:LR with EXPERTS from "
-                         f"recon,{','.join(EXPERTS)}, or all, or none")
-    stages.append((int(steps), [n for n in names if n != "none"], float(rate[0]) if rate else args.lr))
+                         f"recon,{','.join(EXPERTS)}, or all, or none; LR, or --lr, is a number above 0") from e
+    stages.append((int(steps), [n for n in names if n != "none"], float(rate)))
 tasks = list(dict.fromkeys(name for _, names, _ in stages for name in names))    # of any stage, in order
 total = sum(steps for steps, _, _ in stages)
 
@@ -137,8 +141,6 @@ total = sum(steps for steps, _, _ in stages)
 
 rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 device = usable_device(f"cuda:{local}" if args.device == "cuda" else args.device)
-if device.type == "cuda":
-    torch.cuda.set_device(device)
 if world > 1:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -172,6 +174,8 @@ accumulate = args.batch // (micro * world)    # micro-batches a step on each ran
 # ----------------------------------------------------------------------------------------------------------------------
 # Model, heads, teachers. The same seed on every rank gives the same new weights.
 
+if args.resume and not checkpoint_steps(args.out):
+    raise InputError(f"'{args.out}' holds no checkpoint yet; start anew with --out {args.out} and the flags in its config.json")
 checkpoint = latest_checkpoint(args.out) if args.resume else None
 torch.manual_seed(args.seed)
 coat = load_coat(args.backbone, checkpoint, args.model_path, trainable=True, device=device)
@@ -203,7 +207,9 @@ autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enable
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: a stage's rows are a function of (seed, stage), so the step alone says where a run stands
 
-tones = args.data.split(":")[0] == "tones" and (args.data.split(":")[1:] or [",".join(TONES)])[0].split(",")
+tones = args.data.split(":")[0] == "tones" and (args.data.split(":", 1)[1:] or [",".join(TONES)])[0].split(",")
+if tones and set(tones) - set(TONES):
+    raise InputError(f"--data {args.data}: give tones, or tones:KINDS with KINDS from {','.join(TONES)}")
 source = Tones("train", total * args.batch, tones) if tones else open_source(args.data)
 found = fingerprint(source)
 if len(set(gather(found))) > 1:
@@ -215,6 +221,13 @@ skipped = len(source.seconds()[1])
 if isinstance(source, Mixture):
     for n in sorted({steps * args.batch for steps, _, _ in stages}):    # all of them now: none should fail in a week
         say(f"a stage of {n} rows from {args.data}:\n" + "\n".join(source.report(n)))
+can_fork = torch.multiprocessing.get_start_method() == "fork"    # else a data process would run this script once more
+if args.workers and not can_fork:
+    say("no data processes on this system (--workers 0): rows are loaded between the steps")
+
+
+def own_group(worker):
+    os.setpgid(0, 0)    # a signal to all processes is for the rank, which saves; its data processes end with it
 
 
 def micro_batches(stage, first=0):
@@ -222,20 +235,20 @@ def micro_batches(stage, first=0):
     plan = plan_stage(source, stages[stage][0], args.batch, args.seed, stage)[first:]
     mine = plan.reshape(-1, accumulate, world, micro)[:, :, rank].reshape(-1, micro).tolist()
     return torch.utils.data.DataLoader(
-        Rows(source), batch_sampler=mine, num_workers=args.workers, pin_memory=device.type == "cuda",
-        collate_fn=functools.partial(collate, spec=spec, rates=rates))
+        Rows(source), batch_sampler=mine, num_workers=args.workers * can_fork, pin_memory=device.type == "cuda",
+        collate_fn=functools.partial(collate, spec=spec, rates=rates), worker_init_fn=own_group)
 
 
 def targets_of(batch, names):
-    """{name: (B, L, E)} features of the teachers, in fp32: bf16 would show in their log spectra."""
+    """{name: (B, L, E)} of the teachers, in fp32 (a GPU's convolutions: TF32): bf16 would show in their log spectra."""
     return teacher_targets({name: experts[name] for name in names if name != "recon"}, batch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Start afresh or go on
 
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                        cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+commit = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
 config = {"flags": vars(args), "data": found, "world": world, "commit": commit,
           "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
           "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)}}
@@ -249,24 +262,33 @@ if args.resume:
     for what in ("world", "commit", "device", "versions"):
         if begun_as[what] != config[what]:
             say(f"!! not bit for bit: {what} was {begun_as[what]} when the run began and is now {config[what]}")
-    state = torch.load(os.path.join(checkpoint, "state.pt"), map_location=device, weights_only=True)
-    safetensors.torch.load_model(heads, os.path.join(checkpoint, "heads.safetensors"))
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        state = torch.load(os.path.join(checkpoint, "state.pt"), map_location=device, weights_only=True)
+        safetensors.torch.load_model(heads, os.path.join(checkpoint, "heads.safetensors"))
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, LookupError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as e:
+        raise InputError(f"'{checkpoint}' is damaged ({str(e).splitlines()[0]}); delete it to go on after the one "
+                         "before") from e
     if len(state["rng"]) == world:
         for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"][rank]):
             set_state(value.cpu())
-    step, scales = state["step"], state["scales"]
+    step, scales, skipped = state["step"], state["scales"], state["skipped"]
 else:
     if rank == 0 and not args.out:
         free = (f"runs/{args.backbone}" + (f"-{i}" if i > 1 else "") for i in range(1, 10 ** 6))
         args.out = next(path for path in free if not os.path.exists(path))
     args.out = gather(args.out)[0]
-    if os.path.exists(os.path.join(args.out, "config.json")):
-        raise InputError(f"'{args.out}' already holds a run; give --resume {args.out} to go on, or another --out")
+    if checkpoint_steps(args.out):
+        raise InputError(f"'{args.out}' already holds checkpoints; give --resume {args.out} to go on, or another --out")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {args.out}: {e.strerror}; give a folder that can be made") from e
     # The scale of each loss: what the best constant answer would cost over the first clips (heads.loss_scales).
     clips = {name: [] for name in tasks}
     longest = max(steps for steps, _, _ in stages)    # all as one could be more than a mixture's max_epochs allow
-    rows = plan_stage(source, longest, args.batch, args.seed, 0).ravel()[:args.calibrate] if rank == 0 and tasks else []
+    rows = plan_stage(source, longest, args.batch, args.seed, 0).ravel()
+    rows = rows[source.seconds()[0][rows] > 0][:args.calibrate if rank == 0 and tasks else 0]    # those with audio
     for i in range(0, len(rows), micro):
         batch = to_device(collate([Rows(source)[int(r)] for r in rows[i:i + micro]], spec, rates), device)
         if batch["rows"] and batch["n_audio"].any():
@@ -275,19 +297,23 @@ else:
             for name, z in (targets_of(batch, tasks) | heard).items():
                 clips[name] += [z[j, :n] for j, n in enumerate(batch["n_audio"]) if n]
     scales = gather({name: loss_scales(name, z, readouts.get(name)) for name, z in clips.items() if z})[0]
+    if source.seconds()[0].any() and set(scales) != set(tasks):
+        raise InputError(f"none of the first {args.calibrate} clips can be used; see python data.py check {args.data}")
     del clips
     step = 0
 
-os.makedirs(args.out, exist_ok=True)
 log_path = os.path.join(args.out, "log.jsonl")
 if rank == 0:
     if args.resume:    # what was logged after the checkpoint is done, and logged, again
-        with open(log_path) as file, open(log_path + ".tmp", "w") as new:
+        with open(log_path, "a+") as file, open(log_path + ".tmp", "w") as new:
+            file.seek(0)
             new.writelines(line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step)
         os.replace(log_path + ".tmp", log_path)
     else:
-        with open(os.path.join(args.out, "config.json"), "w") as file:
+        open(log_path, "w").close()    # of a start that came to no checkpoint
+        with open(os.path.join(args.out, "config.json.tmp"), "w") as file:
             json.dump(config, file, indent=1)
+        os.replace(file.name, os.path.join(args.out, "config.json"))
 count = lambda params: sum(p.numel() for p in params) / 1e6
 say(f"{args.backbone} on {world} x {device}: {count(coat.parameters()):.1f} M weights, of which {count(adapters):.2f} M "
     f"trained; heads {count(heads.parameters()):.2f} M ({', '.join(tasks) or 'none'})")
@@ -300,21 +326,21 @@ def save():
     """checkpoint-STEP, whole or not at all: it is written under another name and renamed. All ranks call it."""
     rng = gather([torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if device.type == "cuda" else []))
     final = os.path.join(args.out, f"checkpoint-{step}")
-    if rank or os.path.exists(final):
-        return
-    try:
-        shutil.rmtree(final + ".tmp", ignore_errors=True)
-        coat.save(final + ".tmp")
-        safetensors.torch.save_model(heads, os.path.join(final + ".tmp", "heads.safetensors"))
-        torch.save({"step": step, "optimizer": optimizer.state_dict(), "scales": scales, "rng": rng},
-                   os.path.join(final + ".tmp", "state.pt"))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as e:    # each library has its own for a full disk
-        shutil.rmtree(final + ".tmp", ignore_errors=True)
-        raise InputError(f"cannot write {final}: {str(e).splitlines()[0]}; make room and go on with --resume "
-                         f"{args.out}") from e
-    os.rename(final + ".tmp", final)
-    for n in checkpoint_steps(args.out)[:-args.keep]:
-        shutil.rmtree(os.path.join(args.out, f"checkpoint-{n}"))
+    if rank == 0 and not os.path.exists(final):
+        try:
+            shutil.rmtree(final + ".tmp", ignore_errors=True)
+            coat.save(final + ".tmp")
+            safetensors.torch.save_model(heads, os.path.join(final + ".tmp", "heads.safetensors"))
+            torch.save({"step": step, "optimizer": optimizer.state_dict(), "scales": scales, "skipped": skipped,
+                        "rng": rng}, os.path.join(final + ".tmp", "state.pt"))
+        except (OSError, RuntimeError, safetensors.SafetensorError) as e:    # each library has its own for a full disk
+            shutil.rmtree(final + ".tmp", ignore_errors=True)
+            raise InputError(f"cannot write {final}: {str(e).splitlines()[0]}; make room and go on with --resume "
+                             f"{args.out}") from e
+        os.rename(final + ".tmp", final)
+        for n in checkpoint_steps(args.out)[:-args.keep]:
+            shutil.rmtree(os.path.join(args.out, f"checkpoint-{n}"))
+    gather(None)    # torchrun ends all ranks when one does, so none goes before this is written
 
 
 def draw():
@@ -355,7 +381,13 @@ for stage, (steps, names, rate) in enumerate(stages):
     loader = iter(micro_batches(stage, first))
     for i in range(first, steps):
         tick = time.time()
-        batches = [to_device(next(loader), device) for _ in range(accumulate)]
+        try:
+            batches = [to_device(next(loader), device) for _ in range(accumulate)]
+        except RuntimeError:    # a data process is gone, perhaps by the signal that is to stop this one too
+            time.sleep(1)
+            if not stop:
+                raise
+            batches = []
         waited = time.time() - tick
         skipped_here = [reason for batch in batches for reason in batch["skipped"]]
         for reason in skipped_here:    # of every rank, hence not say()
@@ -406,7 +438,7 @@ for stage, (steps, names, rate) in enumerate(stages):
             save()
             rows = [row["row"] for batch in batches for row in batch["rows"]]
             raise InputError(f"step {step + 1}: the loss is not finite; rows {rows} of this rank are in it. The last good "
-                             "step is saved; lower --lr or look at these rows")
+                             "step is saved; look at these rows, or start a new run with a lower --lr")
         warm = max(1, round(args.warmup * steps))
         lr = rate * ((i + 1) / warm if i < warm else 0.5 + 0.5 * math.cos(math.pi * (i - warm) / (steps - warm)))
         for group in optimizer.param_groups:
@@ -462,6 +494,8 @@ if step < total:
 
 if rank == 0 and tones and args.heldout:
     coat.merge()
+    for layer in coat.hf.model.language_model.layers:
+        layer._compiled_call_impl = None    # --compile is for training: with a cache each layer would be compiled anew
     heldout, results = Tones("heldout", args.heldout * len(tones), tones), {}
     say(f"\n{'held-out question':28}{'heard':>8}{'other clip':>12}{'chance':>8}")
     for kind in tones:
