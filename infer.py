@@ -125,6 +125,8 @@ def ask(args):
     folder = args.text_think if isinstance(args.text_think, str) else None    # True: the flag without a folder
     if folder and args.model not in BACKBONES:
         raise InputError("--text-think FOLDER goes with the name of a backbone, not with a run of ours")
+    if args.text_think and args.no_think:
+        raise InputError("--text-think leaves the thinking block out already; drop --no-think")
     device = usable_device(args.device)
     waves = [at_rate(*read_audio(path, args.start, args.end), SAMPLE_RATE) for path in args.clips]
     coat = load_model(args.model, device, args.model_path, folder)
@@ -175,7 +177,7 @@ def parse_choice(answer, choices):
     for choice in sorted(choices, key=len, reverse=True):
         rest, found = re.subn(rf"(?<!\w){re.escape(plain(choice))}(?!\w)", "\0", rest)
         named += [choice] * bool(found)
-    letter = re.match(r"[(*]*([A-Z])(?:[.):*]+(?:\s|$)|$)", short.upper())
+    letter = re.match(r"[(*[]*([A-Z])(?:[.):*\]]+(?:\s|$)|$)", short.upper())
     place = ord(letter[1]) - ord("A") if letter else len(choices)
     if place < len(choices):
         return choices[place] if set(named) <= {choices[place]} else None

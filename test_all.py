@@ -1666,7 +1666,8 @@ FEELINGS = ["angry", "happy", "very happy", "sad"]
 
 @pytest.mark.parametrize("answer, choices, said", [
     ("happy", FEELINGS, "happy"), ("Happy.", FEELINGS, "happy"), ("very  happy", FEELINGS, "very happy"),
-    ("B", FEELINGS, "happy"), ("b.", FEELINGS, "happy"), ("(B)", FEELINGS, "happy"), ("B. happy", FEELINGS, "happy"),
+    ("B", FEELINGS, "happy"), ("b.", FEELINGS, "happy"), ("(B)", FEELINGS, "happy"), ("[B]", FEELINGS, "happy"),
+    ("B. happy", FEELINGS, "happy"),
     ("B) happy", FEELINGS, "happy"), ("**B.** happy", FEELINGS, "happy"), ("The answer is B.", FEELINGS, "happy"),
     ("Answer: (C) very happy", FEELINGS, "very happy"),
     ("The speaker sounds sad to me", FEELINGS, "sad"), ("she is very happy", FEELINGS, "very happy"),
