@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import transformers
 
-from data import Rows, check_seconds, collate, one_line_errors, plan_stage, teacher_targets, to_device, usable_device
+from data import (Rows, check_seconds, collate, need, one_line_errors, plan_stage, teacher_targets, to_device,
+                  usable_device)
 from experts import EXPERTS, load
 from heads import ProjectionHead, expert_loss, terms
 from model import (BACKBONES, SAMPLE_RATE, CoAT, InputError, add_adapters, add_think_tokens, build_config, build_inputs,
@@ -243,11 +244,7 @@ def latency(args):
 
 def plot(points, path, title):
     """Latency against the length of the audio, a point a clip."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise InputError("--plot needs matplotlib; pip install matplotlib") from e
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for arm, color in (("base", "gray"), ("CoAT", "tab:blue"), ("text-CoT", "tab:red")):
         x, total, first = zip(*sorted((p["seconds"], p["total"], p["first"]) for p in points if p["arm"] == arm))
@@ -322,8 +319,8 @@ def train(args):
     coat = load_trainable(args, device)
     if args.checkpointing:
         coat.checkpoint_activations()
-    for layer in coat.hf.model.language_model.layers if args.compile else ():
-        layer.compile(dynamic=True)
+    if args.compile:
+        coat.compile_layers()
     width = coat.hf.config.get_text_config().hidden_size
     teachers = {name: load(name, device=device, random=True) for name in EXPERTS if not args.no_teachers}
     dims = {"recon": width} | {name: teacher.dim for name, teacher in teachers.items()}

@@ -15,6 +15,7 @@ import csv
 import functools
 import glob
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -51,6 +52,22 @@ def one_line_errors():
         else:
             sys.__excepthook__(kind, error, trace)
     sys.excepthook = hook
+
+
+def check_least(args, **least):
+    """Raises InputError if a flag that was given is below its least value."""
+    for flag, n in least.items():
+        value = getattr(args, flag, None)
+        if value is not None and value < n:
+            raise InputError(f"--{flag.replace('_', '-')} must be at least {n}")
+
+
+def need(module, package):
+    """Imports what only one command needs. Raises InputError if it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise InputError(f"this needs {package}; pip install {package}") from e
 
 
 def usable_device(name):
@@ -384,20 +401,21 @@ class Tones:
     files = ()
 
     def __init__(self, split, n, kinds=tuple(TONES)):
-        self.split, self.n, self.kinds = ("train", "heldout").index(split), n, tuple(kinds)
+        self.split, self.kinds = ("train", "heldout").index(split), tuple(kinds)
+        self.lengths = 1.2 + 0.8 * (np.arange(n) * 0.6180339887 % 1)    # 1.2 to 2 s, evenly (golden-ratio steps)
 
     def __len__(self):
-        return self.n
+        return len(self.lengths)
 
     def seconds(self):
-        return 1.2 + 0.8 * (np.arange(self.n) * 0.6180339887 % 1), []    # 1.2 to 2 s, evenly (golden-ratio steps)
+        return self.lengths, []
 
     def load(self, i):
         kind = self.kinds[i % len(self.kinds)]
         question, answers = TONES[kind]
         rng = np.random.default_rng([self.split, i])
         answer = answers[rng.integers(len(answers))]
-        n = round(SAMPLE_RATE * self.seconds()[0][i])
+        n = round(SAMPLE_RATE * self.lengths[i])
         wave = globals()[f"make_{kind}"](rng, n, answer)
         level = rng.uniform(0.1, 0.7) / np.abs(wave).max()
         wave = level * wave + 10 ** rng.uniform(-4, -2.3) * rng.standard_normal(n)      # background, -80 to -46 dB
@@ -472,14 +490,18 @@ def passes(rows, n, rng):
     return np.concatenate([rows[:0], *(rng.permutation(rows) for _ in range(-(-n // max(1, len(rows)))))])[:n]
 
 
+def usable_rows(source):
+    """Row numbers that can be used, as far as headers and stated lengths tell."""
+    return np.setdiff1d(np.arange(len(source)), [i for i, _ in source.seconds()[1]])
+
+
 def plan_stage(source, steps, batch, seed, stage, window=50):
     """(steps, batch) row numbers, rows of a step alike in length: what the source draws for this stage, or else whole
     passes over its usable rows in random order.
 
     A function of its arguments alone, so that a resumed run only needs to know its step. `window` steps at a time are
     drawn, sorted by length and dealt out again in random order."""
-    lengths, bad = source.seconds()
-    usable = np.setdiff1d(np.arange(len(source)), [i for i, _ in bad])
+    (lengths, bad), usable = source.seconds(), usable_rows(source)
     if not len(usable):
         raise InputError(f"none of the {len(source)} rows can be used; the first: {bad[0][1]}")
     rng = np.random.default_rng([seed, stage])

@@ -14,7 +14,6 @@ import argparse
 import csv
 import functools
 import http.client
-import importlib
 import json
 import os
 import pickle
@@ -31,8 +30,9 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from data import (SAMPLE_RATE, TONES, Rows, Tones, at_rate, checkpoint_steps, collate, fingerprint, latest_checkpoint,
-                  one_line_errors, open_source, read_audio, teacher_targets, to_device, usable_device)
+from data import (SAMPLE_RATE, TONES, Rows, Tones, at_rate, check_least, checkpoint_steps, collate, fingerprint,
+                  latest_checkpoint, need, one_line_errors, open_source, read_audio, teacher_targets, to_device,
+                  usable_device, usable_rows)
 from experts import EXPERTS, load
 from heads import ProjectionHead, expert_loss
 from model import BACKBONES, InputError, build_inputs, load_coat, load_text_think, pad_rows
@@ -69,16 +69,13 @@ Explanation: (Provide a concise explanation of your rating, comparing the refere
 Rating: (int)"""
 
 
-def need(module, package):
-    """Imports what only one command needs."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise InputError(f"this needs {package}; pip install {package}") from e
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Models, rows, answers
+
+def model_folder(name):
+    """A checkpoint or merged folder itself, or the newest checkpoint of a run. Raises InputError if it is none of them."""
+    return name if os.path.isfile(os.path.join(name, "coat.json")) else latest_checkpoint(name)
+
 
 def load_model(name, device, model_path=None, text_think=None):
     """A CoAT ready to answer: the adapter of a run or checkpoint folder merged in, a merged folder, or a backbone.
@@ -88,11 +85,11 @@ def load_model(name, device, model_path=None, text_think=None):
         return load_text_think(name, text_think, model_path, device)
     if name in BACKBONES:
         return load_coat(name, model_path=model_path, device=device)
-    known, adapter = (os.path.join(name, file) for file in ("coat.json", "adapter_config.json"))
-    if os.path.isfile(known) and not os.path.isfile(adapter):    # merged
-        with open(known) as file:
-            return load_coat(json.load(file)["backbone"], model_path=name, device=device)
-    return load_coat(adapter=latest_checkpoint(name), model_path=model_path, device=device).merge()
+    folder = model_folder(name)
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        return load_coat(adapter=folder, model_path=model_path, device=device).merge()
+    with open(os.path.join(folder, "coat.json")) as file:    # merged
+        return load_coat(json.load(file)["backbone"], model_path=folder, device=device)
 
 
 def open_rows(text):
@@ -110,7 +107,8 @@ def batches(coat, source, rows, args, think=True):
     """Batches of these rows without their responses, the longest first: what does not fit in memory fails at once.
 
     A row that turns out to be unreadable is named here and in batch["skipped"]; batch["rows"] may be empty."""
-    order = [int(i) for i in sorted(rows, key=lambda i: -source.seconds()[0][i])]
+    lengths = source.seconds()[0]
+    order = [int(i) for i in sorted(rows, key=lambda i: -lengths[i])]
     order = [order[i:i + args.batch] for i in range(0, len(order), args.batch)]
     prepare = functools.partial(collate, spec=coat.spec, think=think, responses=False)
     for batch in torch.utils.data.DataLoader(Rows(source), batch_sampler=order, num_workers=args.workers,
@@ -281,9 +279,7 @@ def normaliser(path=None):
 
 def run_of(args, source):
     """What a predictions file belongs to."""
-    name = args.model
-    if name not in BACKBONES:
-        name = os.path.abspath(name if os.path.isfile(os.path.join(name, "coat.json")) else latest_checkpoint(name))
+    name = args.model if args.model in BACKBONES else os.path.abspath(model_folder(args.model))
     return {"model": name, "saved": name not in BACKBONES and os.path.getmtime(os.path.join(name, "coat.json")),
             "data": os.path.abspath(args.data) if source.files else args.data, "rows": fingerprint(source),
             "model_path": args.model_path, "think": not args.no_think, "max_new_tokens": args.max_new_tokens}
@@ -347,7 +343,7 @@ def score(args):
     reasons = [reason for _, reason in bad]
     for reason in reasons:
         print(f"skipped: {reason}")
-    left = sorted(set(range(len(source))) - {i for i, _ in bad} - set(answers))
+    left = np.setdiff1d(usable_rows(source), list(answers)).tolist()
     print(f"{len(source)} rows, {len(bad)} skipped, {len(answers)} answered before")
 
     with open(args.out, "a", encoding="utf-8") as file:
@@ -541,7 +537,7 @@ def probe(args):
     device, source, results = usable_device(args.device), open_rows(args.data), []
     figure, stats = args.plot and need("matplotlib.figure", "matplotlib"), need("scipy.stats", "scikit-learn")
     lengths, bad = source.seconds()
-    usable = sorted(set(np.flatnonzero(lengths > 0).tolist()) - {i for i, _ in bad})
+    usable = [i for i in usable_rows(source) if lengths[i] > 0]
     for _, reason in bad:
         print(f"skipped: {reason}")
     print(f"{len(usable)} of {len(source)} rows have audio that can be used\n{'model':30}{'step':>7}"
@@ -689,9 +685,7 @@ if __name__ == "__main__":
     p.add_argument("out", help="folder to write")
 
     args = parser.parse_args()
-    for flag, least in {"max_new_tokens": 1, "batch": 1, "workers": 0}.items():
-        if getattr(args, flag, least) < least:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least {least}")
+    check_least(args, max_new_tokens=1, batch=1, workers=0)
     try:
         args.run(args)
     except BrokenPipeError:    # score .. | head

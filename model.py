@@ -381,6 +381,11 @@ class CoAT(nn.Module):
         self.hf.model.language_model.activation_checkpointing_enable()
         self.hf.model.language_model.train()    # only then; it changes nothing else, there is no dropout in it
 
+    def compile_layers(self):
+        """Compiles the decoder layers for training; they are alike, so the first one's code serves all."""
+        for layer in self.hf.model.language_model.layers:
+            layer.compile(dynamic=True)
+
     def audio_inputs(self, batch):
         """batch["audio"] in the dtype of the tower, which not every class casts to by itself."""
         dtype = self.hf.model.audio_tower.dtype
@@ -483,7 +488,9 @@ class CoAT(nn.Module):
 
     def merge(self):
         """Folds the adapter into the weights: the same function, without the adapter's cost at each step."""
-        self.eval()    # checkpoint_activations, which is for training, would drop the cache
+        self.eval()    # what is for training ends here: checkpoint_activations would drop the cache
+        for layer in self.hf.model.language_model.layers:
+            layer._compiled_call_impl = None    # and compile_layers compile each layer anew for it
         if isinstance(self.lm, peft.PeftModel):
             self.lm = self.lm.merge_and_unload()
         return self

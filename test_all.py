@@ -95,7 +95,6 @@ def server():
     multiprocessing.forkserver.ensure_running()    # it imports while the first tests run
 
 
-
 def child(target, log, args, env):
     multiprocessing.set_start_method("fork", force=True)    # of data processes, as anywhere else
     torch.set_num_threads(1)                                # a fork waits for more for ever

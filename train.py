@@ -31,7 +31,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data import (TONES, Mixture, Rows, Tones, checkpoint_steps, collate, fingerprint, latest_checkpoint,
+from data import (TONES, Mixture, Rows, Tones, check_least, checkpoint_steps, collate, fingerprint, latest_checkpoint,
                   one_line_errors, open_source, plan_stage, teacher_targets, to_device, usable_device)
 from experts import EXPERTS, load
 from heads import ProjectionHead, expert_loss, loss_scales, terms
@@ -109,10 +109,8 @@ name = (saved | given).get("backbone", defaults["backbone"])
 if name not in BACKBONES:
     raise InputError(f"--backbone {name}: there are {', '.join(BACKBONES)}")
 args = SimpleNamespace(**defaults | BACKBONES[name].train | saved | given)
-for flag, least in {"batch": 1, "micro_batch": 1, "calibrate": 1, "save_every": 1, "keep": 1, "threads": 1,
-                    "head_width": 1, "workers": 0, "heldout": 0, "seed": 0}.items():
-    if getattr(args, flag) is not None and getattr(args, flag) < least:
-        raise InputError(f"--{flag.replace('_', '-')} must be at least {least}")
+check_least(args, batch=1, micro_batch=1, calibrate=1, save_every=1, keep=1, threads=1, head_width=1, workers=0, heldout=0,
+            seed=0)
 
 if args.threads:
     torch.set_num_threads(args.threads)
@@ -190,8 +188,7 @@ heads = torch.nn.ModuleDict({
 if args.checkpointing:
     coat.checkpoint_activations()
 if args.compile:
-    for layer in coat.hf.model.language_model.layers:    # alike, so the first one's code serves all
-        layer.compile(dynamic=True)
+    coat.compile_layers()
 
 adapters = [p for p in coat.parameters() if p.requires_grad]
 decayed = [p for p in heads.parameters() if p.ndim >= 2]
@@ -285,10 +282,11 @@ else:
     except OSError as e:
         raise InputError(f"--out {args.out}: {e.strerror}; give a folder that can be made") from e
     # The scale of each loss: what the best constant answer would cost over the first clips (heads.loss_scales).
-    clips = {name: [] for name in tasks}
-    longest = max(steps for steps, _, _ in stages)    # all as one could be more than a mixture's max_epochs allow
-    rows = plan_stage(source, longest, args.batch, args.seed, 0).ravel()
-    rows = rows[source.seconds()[0][rows] > 0][:args.calibrate if rank == 0 and tasks else 0]    # those with audio
+    clips, rows = {name: [] for name in tasks}, []
+    if rank == 0 and tasks:
+        longest = max(steps for steps, _, _ in stages)    # all as one could be more than a mixture's max_epochs allow
+        rows = plan_stage(source, longest, args.batch, args.seed, 0).ravel()
+        rows = rows[source.seconds()[0][rows] > 0][:args.calibrate]    # those with audio
     for i in range(0, len(rows), micro):
         batch = to_device(collate([Rows(source)[int(r)] for r in rows[i:i + micro]], spec, rates), device)
         if batch["rows"] and batch["n_audio"].any():
@@ -494,8 +492,6 @@ if step < total:
 
 if rank == 0 and tones and args.heldout:
     coat.merge()
-    for layer in coat.hf.model.language_model.layers:
-        layer._compiled_call_impl = None    # --compile is for training: with a cache each layer would be compiled anew
     heldout, results = Tones("heldout", args.heldout * len(tones), tones), {}
     say(f"\n{'held-out question':28}{'heard':>8}{'other clip':>12}{'chance':>8}")
     for kind in tones:
