@@ -15,7 +15,6 @@ import csv
 import functools
 import glob
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -30,67 +29,15 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-from experts import ExpertUnavailable, resample_frames
-from model import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError, build_inputs, check_text, pad_rows
+from experts import resample_frames
+from model import (MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError, build_inputs, check_seconds, check_text,
+                   one_line_errors, pad_rows)
 
 MAX_KERNEL = 2 ** 24     # taps of a resampling kernel; an odd rate such as 44,099 Hz would need gigabytes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the user gave
-
-def one_line_errors():
-    """Lets a program end in one line, without a traceback, where the fault is in what the user gave."""
-    def hook(kind, error, trace):
-        if issubclass(kind, (InputError, ExpertUnavailable)):
-            print(f"error: {error}", file=sys.stderr)
-        elif issubclass(kind, torch.OutOfMemoryError):
-            print(f"error: {str(error).split('. ')[0]}; train.py needs less with --micro-batch 1, --checkpointing or "
-                  "--head-width 1024, infer.py with --batch 1", file=sys.stderr)
-        elif issubclass(kind, KeyboardInterrupt):
-            print("stopped", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
-    sys.excepthook = hook
-
-
-def check_least(args, **least):
-    """Raises InputError if a flag that was given is below its least value."""
-    for flag, n in least.items():
-        value = getattr(args, flag, None)
-        if value is not None and value < n:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least {n}")
-
-
-def need(module, package):
-    """Imports what only one command needs. Raises InputError if it is not there."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise InputError(f"this needs {package}; pip install {package}") from e
-
-
-def usable_device(name):
-    """torch.device of a --device flag. Raises InputError if this machine cannot use it."""
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {name}: {str(e).splitlines()[0]}; give cpu") from e
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: give cpu or cuda")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)    # streams, graphs and memory figures are those of this one
-    return device
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Audio
-
-def check_seconds(seconds, what):
-    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
-        raise InputError(f"{what} lasts {seconds:.2f} s; give {MIN_SECONDS} to {MAX_SECONDS:.0f} s"
-                         + (" (or cut it with \"start\" and \"end\")" if seconds > MAX_SECONDS else ""))
-
 
 def open_audio(path, start=None, end=None):
     """(soundfile.SoundFile, first frame, number of frames) of a file or a segment in seconds; checks all the header says.
@@ -148,7 +95,9 @@ def at_rate(wave, rate, new_rate):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sources of rows: len(), seconds(), load(i), and draw(n, seed, stage) where it is not whole passes over all rows
+# Sources of rows. Each has len(), load(i) -> a row, lengths: (rows,) seconds, 0 without audio, skipped: [(row number,
+# InputError)] of those that cannot be used, files: what it is read from, and draw(n, seed, stage) where that is not
+# whole passes over all usable rows.
 
 class Manifest:
     """The rows of JSON-lines files, one after the other. Raises InputError with the line's number if one is malformed.
@@ -156,7 +105,7 @@ class Manifest:
     Each line is checked once and read again when it is needed, so that a row takes 16 bytes of memory."""
 
     def __init__(self, *paths):
-        self.paths, self.first, self.tasks, self._seconds = paths, [0], [], None
+        self.paths, self.first, self.tasks = paths, [0], []
         starts, stated = array("q"), array("d")    # a row's first byte; its seconds, 0 without audio, nan if not known
         for path in paths:
             if not os.path.isfile(path):
@@ -220,22 +169,24 @@ class Manifest:
 
     files = property(lambda self: self.paths)    # all that it is read from
 
-    def seconds(self):
-        """(lengths in seconds, [(row, reason)] of those that cannot be used); opens headers, once, where not stated."""
-        if self._seconds is None:
-            lengths, bad = self.stated.copy(), []
-            for i in np.flatnonzero((lengths != 0) & ~((lengths >= MIN_SECONDS) & (lengths <= MAX_SECONDS))).tolist():
-                row, lengths[i] = self[i], 0
-                try:
-                    if row["seconds"] is not None:
-                        check_seconds(row["seconds"], f"'{row['audio']}'")
-                    file, _, count = open_audio(row["audio"], row.get("start"), row.get("end"))
-                    lengths[i] = count / file.samplerate
-                    file.close()
-                except InputError as e:
-                    bad.append((i, str(e)))
-            self._seconds = lengths, bad
-        return self._seconds
+    @functools.cached_property
+    def headers(self):
+        """(lengths, skipped), see above; opens the headers of files whose length is not stated, once."""
+        lengths, skipped = self.stated.copy(), []
+        for i in np.flatnonzero((lengths != 0) & ~((lengths >= MIN_SECONDS) & (lengths <= MAX_SECONDS))).tolist():
+            row, lengths[i] = self[i], 0
+            try:
+                if row["seconds"] is not None:
+                    check_seconds(row["seconds"], f"'{row['audio']}'")
+                file, _, count = open_audio(row["audio"], row.get("start"), row.get("end"))
+                lengths[i] = count / file.samplerate
+                file.close()
+            except InputError as e:
+                skipped.append((i, e))
+        return lengths, skipped
+
+    lengths = property(lambda self: self.headers[0])
+    skipped = property(lambda self: self.headers[1])
 
     def load(self, i):
         """The row, with "wave" and "rate" where it has audio. Raises InputError."""
@@ -324,9 +275,7 @@ class Mixture(Manifest):
     @functools.cached_property
     def usable(self):
         """[row numbers that can be used] of each source."""
-        good = np.ones(len(self), bool)
-        good[[i for i, _ in self.seconds()[1]]] = False
-        return [a + np.flatnonzero(good[a:b]) for a, b in zip(self.first, self.first[1:])]
+        return np.split(usable_rows(self), np.searchsorted(usable_rows(self), self.first[1:-1]))
 
     def caps(self, n):
         """(sources,) the most rows of each in a stage of n."""
@@ -351,7 +300,7 @@ class Mixture(Manifest):
 
     def report(self, n):
         """Lines that say what a stage of n rows draws, and where max_epochs keeps it from the shares of the file."""
-        counts, caps, lengths, total = self.counts(n), self.caps(n + 1), self.seconds()[0], sum(self.shares.values())
+        counts, caps, lengths, total = self.counts(n), self.caps(n + 1), self.lengths, sum(self.shares.values())
         lines = [f"{'usable rows':>14}{'hours':>10}{'share':>8}{'drawn':>10}{'epochs':>8}"]
         for group, share in self.shares.items():
             at = [k for k, g in enumerate(self.groups) if g == group]
@@ -367,14 +316,25 @@ class Mixture(Manifest):
         return lines
 
 
-def open_source(path):
-    """A Mixture (.json), or a Manifest (any other ending)."""
-    return Mixture(path) if path.endswith(".json") else Manifest(path)
+def open_source(text, split="heldout", rows=None):
+    """The rows of a manifest (rows.jsonl), a mixture (.json), or synthetic tones: tones[:KINDS[:ROWS OF EACH]].
+
+    split, rows     of tones: "train" or "heldout", and how many rows in all, which the text then must not say
+    Raises InputError."""
+    name, *more = text.split(":")
+    if name != "tones":
+        return Mixture(text) if text.endswith(".json") else Manifest(text)
+    kinds = more[0].split(",") if more and more[0] else list(TONES)
+    each = more[1] if len(more) > 1 else "60"
+    usage = "tones[:KINDS[:ROWS OF EACH]]" if rows is None else "tones[:KINDS]"
+    if len(more) > (1 if rows else 2) or set(kinds) - set(TONES) or not each.isdigit() or int(each) < 1:
+        raise InputError(f"'{text}': give {usage} with KINDS from {','.join(TONES)}")
+    return Tones(split, rows or int(each) * len(kinds), kinds)
 
 
 def fingerprint(source):
     """Hex digest of what the plan of a stage follows from: the source's files and the lengths of its audio."""
-    found = hashlib.sha256(source.seconds()[0].tobytes())
+    found = hashlib.sha256(source.lengths.tobytes())
     for path in source.files:
         with open(path, "rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
@@ -398,7 +358,7 @@ class Tones:
 
     split  "train" or "heldout", drawn from separate random streams;  n: number of rows"""
 
-    files = ()
+    files, skipped = (), ()
 
     def __init__(self, split, n, kinds=tuple(TONES)):
         self.split, self.kinds = ("train", "heldout").index(split), tuple(kinds)
@@ -406,9 +366,6 @@ class Tones:
 
     def __len__(self):
         return len(self.lengths)
-
-    def seconds(self):
-        return self.lengths, []
 
     def load(self, i):
         kind = self.kinds[i % len(self.kinds)]
@@ -492,7 +449,7 @@ def passes(rows, n, rng):
 
 def usable_rows(source):
     """Row numbers that can be used, as far as headers and stated lengths tell."""
-    return np.setdiff1d(np.arange(len(source)), [i for i, _ in source.seconds()[1]])
+    return np.setdiff1d(np.arange(len(source)), [i for i, _ in source.skipped])
 
 
 def plan_stage(source, steps, batch, seed, stage, window=50):
@@ -501,9 +458,9 @@ def plan_stage(source, steps, batch, seed, stage, window=50):
 
     A function of its arguments alone, so that a resumed run only needs to know its step. `window` steps at a time are
     drawn, sorted by length and dealt out again in random order."""
-    (lengths, bad), usable = source.seconds(), usable_rows(source)
+    lengths, usable = source.lengths, usable_rows(source)
     if not len(usable):
-        raise InputError(f"none of the {len(source)} rows can be used; the first: {bad[0][1]}")
+        raise InputError(f"none of the {len(source)} rows can be used; the first: {source.skipped[0][1]}")
     rng = np.random.default_rng([seed, stage])
     need = steps * batch
     drawn = source.draw(need, seed, stage) if hasattr(source, "draw") else passes(usable, need, rng)
@@ -532,18 +489,18 @@ def collate(rows, spec, rates=(), think=True, responses=True):
     """Loaded rows -> the batch of build_inputs, with what training and scoring need beside it:
 
     waves {rate: [(N,) or None, one a row]} for the teachers, rows (the loaded rows), seconds (of audio), skipped
-    (messages). None of the rows usable: only `rows` (empty) and `skipped`."""
+    (InputErrors). None of the rows usable: only `rows` (empty) and `skipped`."""
     kept, skipped = [], []
     for row in rows:
         if isinstance(row, InputError):
-            skipped.append(str(row))
+            skipped.append(row)
             continue
         try:
             check_text(spec, row["prompt"] + row["response"])
             kept.append((row, {rate: at_rate(row["wave"], row["rate"], rate) if "wave" in row else None
                                for rate in {SAMPLE_RATE, *rates}}))
         except InputError as e:
-            skipped.append(f"row {row.get('row')}: {e}")
+            skipped.append(InputError(f"row {row.get('row')}: {e}"))
     if not kept:
         return {"rows": [], "skipped": skipped}
     rows, waves = zip(*kept)
@@ -564,30 +521,17 @@ def to_device(batch, device):
 def teacher_targets(experts, batch):
     """{name: (B, L, E)} features of the frozen experts at the 25 Hz of the thinking tokens, clip by clip, unpadded.
 
-    Unpadded because clip-wide normalisation, reflection at the ends and ALiBi all depend on the true length."""
+    Unpadded because clip-wide normalisation, reflection at the ends and ALiBi all depend on the true length.
+    In fp32 (a GPU's convolutions: TF32), since bf16 would show in their log spectra."""
     targets, lengths = {}, batch["n_audio"]
     for name, expert in experts.items():
-        waves = [wave for wave in batch["waves"][expert.sample_rate] if wave is not None]
-        frames = [resample_frames(expert(wave.to(lengths.device)), int(n), expert.frame_rate, expert.offset)
-                  for wave, n in zip(waves, lengths[lengths > 0])]
+        frames = [torch.zeros(0, expert.dim, device=lengths.device)]    # a batch without audio has no frames
+        for wave, n in zip(batch["waves"][expert.sample_rate], lengths.tolist()):
+            if wave is not None:
+                z = expert(wave.to(lengths.device))                                     # (F, E)
+                frames.append(resample_frames(z, n, expert.frame_rate, expert.offset))
         targets[name] = pad_rows(torch.cat(frames), lengths)[0]
     return targets
-
-
-def checkpoint_steps(run):
-    """Steps of the whole checkpoint-STEP folders of a run, in order."""
-    names = os.listdir(run) if os.path.isdir(run) else []
-    return sorted(int(name[11:]) for name in names if name.startswith("checkpoint-") and name[11:].isdigit())
-
-
-def latest_checkpoint(run):
-    """The newest checkpoint-STEP folder of a run, or `run` itself if it is one. Raises InputError if there is none."""
-    if os.path.isfile(os.path.join(run, "adapter_config.json")):
-        return run
-    steps = checkpoint_steps(run)
-    if not steps:
-        raise InputError(f"'{run}' holds no checkpoint; give the folder of a run of train.py")
-    return os.path.join(run, f"checkpoint-{steps[-1]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -832,9 +776,9 @@ def convert(args):
 def check(args):
     """Prints what a manifest or mixture holds and what training would skip and why -> whether there is any."""
     source = open_source(args.path)
-    lengths, bad = source.seconds()
+    lengths, bad = source.lengths, source.skipped
     if not args.quick:
-        bad = [(i, str(e)) for i in range(len(source)) if isinstance(e := Rows(source)[i], InputError)]
+        bad = [(i, e) for i in range(len(source)) if isinstance(e := Rows(source)[i], InputError)]
     tasks = sum(source.tasks, Counter())
     print(f"{len(source)} rows, {lengths.sum() / 3600:.3f} h, " + ", ".join(f"{n} {t}" for t, n in tasks.items()))
     if isinstance(source, Mixture):

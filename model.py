@@ -10,10 +10,13 @@ A row, left padded. The block is placed here and consumed in the prefill; it is 
     pad pad <system, user: .. AUDIO*L_a .. question> <assistant header> start THINK*L_a end  response eos
                               ^audio_mask                                     ^think_mask    ^labels
 """
+import argparse
 import dataclasses
+import importlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -46,8 +49,92 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
+# --------------------------------------------------------------------------------------------------
+# What the user gave
+
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line that says what to do."""
+
+
+class TooLong(InputError):
+    """A clip above MAX_SECONDS, which the paper skips in training and in scoring (appendix B)."""
+
+
+def check_seconds(seconds, what):
+    """Raises InputError, or TooLong, unless a clip lasts MIN_SECONDS to MAX_SECONDS."""
+    message = f"{what} lasts {seconds:.2f} s; give {MIN_SECONDS} to {MAX_SECONDS:.0f} s"
+    if seconds > MAX_SECONDS:
+        raise TooLong(f"{message}, or cut it with \"start\" and \"end\"")
+    if not seconds >= MIN_SECONDS:
+        raise InputError(message)
+
+
+def one_line_errors(*kinds, less_memory="a smaller batch"):
+    """Lets a program end in one line, without a traceback, where the fault is in what the user gave.
+
+    kinds           exceptions beside InputError that say so
+    less_memory     what to try when memory runs out"""
+    def hook(kind, error, trace):
+        if issubclass(kind, (InputError, *kinds)):
+            print(f"error: {error}", file=sys.stderr)
+        elif issubclass(kind, torch.OutOfMemoryError):
+            print(f"error: {str(error).split('. ')[0]}; less is needed with {less_memory}", file=sys.stderr)
+        elif issubclass(kind, KeyboardInterrupt):
+            print("stopped", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+    sys.excepthook = hook
+
+
+def at_least(low):
+    """A type for argparse: whole numbers from `low` on."""
+    def whole_number(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}")
+        return value
+    return whole_number
+
+
+def need(module, package):
+    """Imports what only one command needs. Raises InputError if it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise InputError(f"this needs {package}; pip install {package}") from e
+
+
+def usable_device(name):
+    """The torch.device called `name`. Raises InputError if this machine cannot use it."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"device {name}: {str(e).splitlines()[0]}; give cpu") from e
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name}: give cpu or cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)    # streams, graphs and memory figures are those of this one
+    return device
+
+
+def checkpoint_steps(run):
+    """Steps of the whole checkpoint-STEP folders of a run, in order."""
+    names = os.listdir(run) if os.path.isdir(run) else []
+    found = (re.fullmatch(r"checkpoint-(\d+)", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def latest_checkpoint(run):
+    """The newest checkpoint-STEP folder of a run, or `run` itself if it is one. Raises InputError if there is none."""
+    if os.path.isfile(os.path.join(run, "adapter_config.json")):
+        return run
+    steps = checkpoint_steps(run)
+    if not steps:
+        raise InputError(f"'{run}' holds no checkpoint; give the folder of a run of train.py")
+    return os.path.join(run, f"checkpoint-{steps[-1]}")
 
 
 def n_audio_tokens(n_samples):
@@ -99,7 +186,6 @@ class Backbone:
     eos: tuple = ("<|im_end|>", "<|endoftext|>")    # either stops generation; the first closes a training response
     lora_r: int = 16                                # rank and alpha: paper, appendix A
     lora_alpha: int = 32
-    train: dict = dataclasses.field(default_factory=dict)    # flags of train.py with another default
     text_think: str = " Output the thinking process in <think> </think> and final answer in <answer> </answer>."
     # For building it without its files: what the published config says that its class does not, and the ids in use.
     text_config: dict = dataclasses.field(default_factory=dict)
@@ -132,8 +218,6 @@ BACKBONES = {
         "", transformers.Qwen2AudioForConditionalGeneration, transformers.Qwen2AudioProcessor, ("qwen2_audio",),
         "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n", "<|AUDIO|>", piece_seconds=4, window_seconds=4,
         lora_r=32, lora_alpha=64,
-        train=dict(stage=["100:recon", "260:recon,pitch"], batch=8, lr=2e-3, calibrate=32, threads=1, workers=1,
-                   w_recon=0.3, w_pitch=0.3, w_pitch_aux=0.3),
         text_config=dict(vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                          num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=8192,
                          initializer_range=128 ** -0.5),
@@ -281,9 +365,7 @@ def build_inputs(coat, waves, prompts, responses=None, think=True, padding_side=
     for i, (wave, prompt) in enumerate(zip(waves, prompts, strict=True)):
         n_audio, pieces = 0, []
         if wave is not None:
-            seconds = len(wave) / SAMPLE_RATE
-            if not MIN_SECONDS <= seconds <= MAX_SECONDS:
-                raise InputError(f"the clip lasts {seconds:.2f} s; give {MIN_SECONDS} to {MAX_SECONDS:.0f} s")
+            check_seconds(len(wave) / SAMPLE_RATE, "the clip")
             n_audio = n_audio_tokens(len(wave))
             # A rest under 30 ms after the last whole piece makes no token; the tower would see only padding.
             pieces = [p.numpy() for p in wave.split(piece) if n_audio_tokens(len(p))]
@@ -322,8 +404,11 @@ def build_inputs(coat, waves, prompts, responses=None, think=True, padding_side=
 
 
 def pad_rows(flat, lengths):
-    """(sum L, D) and (B,) -> (B, L, D), zero where a row has ended, and the mask (B, L) of what is real."""
-    valid = torch.arange(int(lengths.max()), device=flat.device)[None] < lengths.to(flat.device)[:, None]    # (B, L)
+    """(sum L, D) and (B,) -> (B, L, D), zero where a row has ended, and the mask (B, L) of what is real.
+
+    L is at least 1: where no row has audio, the heads still run, on one masked frame."""
+    L = max(1, int(lengths.max()))
+    valid = torch.arange(L, device=flat.device) < lengths.to(flat.device)[:, None]      # (B, L)
     return flat.new_zeros(*valid.shape, flat.shape[-1]).masked_scatter(valid[..., None], flat), valid
 
 
@@ -357,7 +442,7 @@ class CoAT(nn.Module):
         super().__init__()
         self.lm, self.processor, self.name, self.model_path, self.think_ids = lm, processor, name, model_path, think_ids
         self.backbone = BACKBONES[name]
-        self.register_buffer("unsaid", torch.tensor(think_ids, device=lm.device), persistent=False)
+        self.register_buffer("suppressed_ids", torch.tensor(think_ids, device=lm.device), persistent=False)
         self.use_graph = False
 
     @property
@@ -417,7 +502,7 @@ class CoAT(nn.Module):
     def next_ids(self, h):
         """Final states (B, T, D) -> (B,) the likeliest next tokens, never the block's: it is placed, not said."""
         logits = self.hf.lm_head(h[:, -1]).float()                                      # (B, V)
-        return logits.index_fill(1, self.unsaid, -torch.inf).argmax(-1)
+        return logits.index_fill(1, self.suppressed_ids, -torch.inf).argmax(-1)
 
     def decode(self, token, visible, cache):
         """A step: tokens (B,) -> the next ones (B,). visible (B, S) says which slots of the cache to attend to.
@@ -432,7 +517,7 @@ class CoAT(nn.Module):
         """Fuses the small kernels of a step, once for all lengths, and on a GPU replays each answer's steps as a CUDA graph.
         It takes a while, which many or long answers earn back."""
         self.decode = torch.compile(self.decode, dynamic=True, fullgraph=True, **kwargs)
-        self.use_graph = self.unsaid.is_cuda
+        self.use_graph = self.suppressed_ids.is_cuda
 
     def capture(self, token, visible, cache):
         """`decode` as a CUDA graph over these tensors: hundreds of kernels for the price of one launch."""
@@ -454,7 +539,7 @@ class CoAT(nn.Module):
         One prefill over prompt and block, then one step a token. The batch must be left padded. With stop=False all
         max_new_tokens are decoded whatever they are (for timing)."""
         tokenizer, (B, T) = self.processor.tokenizer, batch["input_ids"].shape
-        eos = torch.tensor(tokenizer.convert_tokens_to_ids(list(self.backbone.eos)), device=self.unsaid.device)
+        eos = torch.tensor(tokenizer.convert_tokens_to_ids(list(self.backbone.eos)), device=self.suppressed_ids.device)
         cache = transformers.Cache([Slots(T + max_new_tokens) for _ in self.hf.model.language_model.layers])
         h, _ = self.states(batch, past_key_values=cache, use_cache=True)
         ids, decode, on_gpu = self.next_ids(h), self.decode, eos.is_cuda
