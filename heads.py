@@ -171,7 +171,8 @@ class ExpertHeads(nn.ModuleDict):
             target = z
             if on_readout:
                 target = torch.cat([self.readouts[task](clip.float()).sigmoid() for clip in clips])
-            cost = loss(best_constant(loss, target), target).mean()
+            guess = best_constant(loss, target).expand_as(target)
+            cost = loss(guess, target).mean()
             getattr(self, f"{term}_scale").copy_(cost.clamp(min=EPS))
         out = self[task].out
         nn.init.zeros_(out.weight)

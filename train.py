@@ -1,14 +1,17 @@
-"""Trains the adapters, the three token rows and the projection heads, stage by stage (paper section 3.4, appendix A).
+"""Trains the adapters, the three token rows and the projection heads, stage by stage (section 3.4, appendix A).
 
-    python train.py --backbone tiny                                         # a laptop, two minutes, nothing to download
-    torchrun --nproc-per-node 4 train.py --backbone qwen2-audio --data mixture.json    # four GPUs
-    python train.py --resume runs/tiny                                      # goes on after the last checkpoint
+    python train.py --backbone tiny                               # a laptop, two minutes, no download
+    torchrun --nproc-per-node 4 train.py --backbone qwen2-audio --data mixture.json       # four GPUs
+    python train.py --resume runs/tiny                            # goes on after the last checkpoint
 
-Reads from top to bottom: flags, ranks, model, data, start or resume, loop, held-out questions. Without --data it trains
-on made tones. Writes to the run folder config.json, log.jsonl (a line a step), losses.png and checkpoint-STEP/: a plain
-PEFT adapter with the tokenizer, the heads (heads.safetensors) and what a resumed run needs (state.pt).
+Without --data it trains on synthetic tones. It writes to the run folder config.json, log.jsonl (a line a step),
+losses.png and checkpoint-STEP/: a plain PEFT adapter with the tokenizer, the heads with the scales of their losses
+(heads.safetensors), and what a resumed run needs (state.pt).
+
+`main` at the end says what happens; `train` is the method.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -19,500 +22,868 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import peft
-import safetensors
 import safetensors.torch
 import soundfile
 import torch
 import torch.distributed as dist
 import transformers
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (TONES, Mixture, Rows, Tones, check_least, checkpoint_steps, collate, fingerprint, latest_checkpoint,
-                  one_line_errors, open_source, plan_stage, teacher_targets, to_device, usable_device)
-from experts import EXPERTS, load
-from heads import ProjectionHead, expert_loss, loss_scales, terms
-from model import BACKBONES, IGNORE, InputError, load_coat
+from data import (TONES, Mixture, Rows, Tones, collate, fingerprint, open_source, plan_stage,
+                  teacher_targets, to_device, usable_rows)
+from experts import EXPERTS, ExpertUnavailable, load
+from heads import ExpertHeads, terms
+from model import (BACKBONES, IGNORE, CoAT, InputError, at_least, build_inputs, checkpoint_steps,
+                   latest_checkpoint, load_coat, need, one_line_errors, usable_device)
 
-one_line_errors()
-started = time.time()
+EVERY_EXPERT = ["recon", *EXPERTS]
+# Flags whose default is another one for a backbone. Random weights know nothing worth keeping: tiny
+# learns faster, and leans on its answers.
+DEFAULTS = {"tiny": dict(
+    stage=["100:recon=0.3", "260:recon=0.3,pitch=0.3"], batch=8, lr=2e-3, calibrate=32, threads=1,
+    workers=1)}
+# What may differ in a resumed run: the steps stay the same.
+FREE_FLAGS = ("resume", "out", "save_every", "keep", "workers", "device", "heldout", "tensorboard")
 # Dense bf16 peaks by the vendor's datasheets, FLOP/s, for the log's MFU.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Flags. Where one is not given it comes from the resumed run, else from the backbone's row, else from here.
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 argument_default=argparse.SUPPRESS, usage="%(prog)s [flags], see --help")
-defaults = {}
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+def build_parser():
+    class Format(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Format,
+                                     usage="%(prog)s [flags], see --help")
+    add = parser.add_argument
+    add("--backbone", default="tiny", help=f"one of {', '.join(BACKBONES)}")
+    add("--model-path", help="a local folder with the backbone, instead of the hub")
+    add("--data", default="tones", help="mixture.json or rows.jsonl, see data.py; or synthetic tones, "
+        "or some: tones:note,glide")
+    add("--out", help="run folder; None: a new one under runs/")
+    add("--resume", help="run folder to go on with; its config.json gives the other flags")
+    add("--init-from", help="run or checkpoint folder whose adapter and heads to start from, with a "
+        "new optimizer: other data or flags for a further stage")
+    add("--stage", action="append", help="once a stage, STEPS:EXPERTS or STEPS:EXPERTS:LR, an expert "
+        "with its weight: 500:recon,pitch=0.5:2e-4; also all, or none; None: 100000:recon, 100000:all")
+    add("--w-pitch-aux", type=float, default=1.0, help="of the focal-BCE inside L_pitch (3.3.2)")
+    add("--lr", type=float, default=1e-4, help="learning rate of a stage that names none")
+    add("--batch", type=at_least(1), default=16, help="rows a step, over all ranks")
+    add("--micro-batch", type=at_least(1), help="rows at once on a rank; None: all of its share")
+    add("--warmup", type=float, default=0.03, help="share of a stage in which the learning rate "
+        "rises, before a cosine to zero")
+    add("--weight-decay", type=float, default=0.1, help="of the heads' matrices; adapters, token "
+        "rows, norms and biases have none")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--head", default="transformer", choices=["transformer", "linear"], help="projection heads")
+    add("--head-width", type=at_least(1), help="width inside the heads; None: the backbone's")
+    add("--calibrate", type=at_least(1), default=64, help="clips over which the scale of each loss "
+        "is measured")
+    for task, expert in EXPERTS.items():
+        add(f"--teacher-{task}", help=f"checkpoint of {expert.__name__}; None: fetched, or shipped")
+    add("--random-teachers", action="store_true", help="the teachers' architectures with random "
+        "weights, for tests and timing only")
+    add("--checkpointing", action="store_true", help="recompute the decoder's activations in the "
+        "backward pass: less memory, more time")
+    add("--compile", action="store_true", help="torch.compile each decoder layer")
+    add("--seed", type=at_least(0), default=0, help="of new weights and of the order of the rows")
+    add_upkeep(add)
+    return parser
 
 
-def add(flag, default, help, **kwargs):
-    defaults[flag.strip("-").replace("-", "_")] = default
-    parser.add_argument(flag, help=f"{help} (default: {default})".replace("%", "%%"), **kwargs)
+def add_upkeep(add):
+    """Flags that change nothing in what is learned."""
+    add("--save-every", type=at_least(1), default=1000, help="steps between checkpoints")
+    add("--keep", type=at_least(1), default=2, help="how many checkpoints stay")
+    add("--workers", type=at_least(0), default=2, help="data processes a rank")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--threads", type=at_least(1), help="CPU threads of a rank; sums, and so a resumed run, "
+        "depend on them in the last bit")
+    add("--heldout", type=at_least(0), default=60, help="held-out rows of each kind of tone "
+        "question, asked at the end")
+    add("--tensorboard", action="store_true", help="also write the log for TensorBoard")
 
 
-add("--backbone", "tiny", f"one of {', '.join(BACKBONES)}")
-add("--model-path", None, "a local folder with the backbone, instead of the hub")
-add("--data", "tones", "mixture.json or rows.jsonl, see data.py; or made tones, or some: tones:note,glide")
-add("--out", None, "run folder; None: a new one under runs/")
-add("--resume", None, "run folder to go on with; its config.json gives the other flags")
-add("--stage", ["100000:recon", "100000:all"],
-    "once a stage, STEPS:EXPERTS or STEPS:EXPERTS:LR, such as 500:recon,pitch:2e-4", action="append")
-add("--lr", 1e-4, "learning rate of a stage that names none", type=float)
-add("--batch", 16, "rows a step, over all ranks", type=int)
-add("--micro-batch", None, "rows at once on a rank; None: all of its share", type=int)
-add("--warmup", 0.03, "share of a stage in which the rate rises, before a cosine to zero", type=float)
-add("--weight-decay", 0.1, "of the heads' matrices; adapters, token rows, norms and biases have none", type=float)
-add("--clip", 1.0, "largest norm of the gradient", type=float)
-add("--head", "transformer", "projection heads", choices=["transformer", "linear"])
-add("--head-width", None, "width inside the heads; None: the backbone's", type=int)
-add("--calibrate", 64, "clips over which the scale of each loss is measured", type=int)
-for task in ["recon", *EXPERTS]:
-    for term in terms(task):
-        add(f"--w-{term.replace('_', '-')}", 1.0, f"weight of the {term} loss", type=float)
-for task, expert in EXPERTS.items():
-    add(f"--teacher-{task}", None, f"checkpoint of {expert.__name__}; None: fetched, or shipped")
-add("--random-teachers", False, "the teachers' architectures with random weights, for tests and timing only",
-    action="store_true")
-add("--checkpointing", False, "recompute the decoder's activations in the backward pass: less memory, more time",
-    action="store_true")
-add("--compile", False, "torch.compile each decoder layer", action="store_true")
-add("--seed", 0, "of new weights and of the order of the rows", type=int)
-add("--save-every", 1000, "steps between checkpoints", type=int)
-add("--keep", 2, "how many checkpoints stay", type=int)
-add("--workers", 2, "data processes a rank", type=int)
-add("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train")
-add("--threads", None, "CPU threads of a rank; sums, and so a resumed run, depend on them in the last bit", type=int)
-add("--heldout", 60, "held-out rows of each kind of tone question, asked at the end", type=int)
-add("--tensorboard", False, "also write the log for TensorBoard, into the run folder", action="store_true")
-
-given = vars(parser.parse_args())
-begun_as, saved = {}, {}    # config.json of the run to go on with, and the flags in it
-if "resume" in given:
-    path = os.path.join(given["resume"], "config.json")
+def read_config(run, flag):
+    """config.json of a run folder. Raises InputError."""
+    path = os.path.join(run, "config.json")
     if not os.path.isfile(path):
-        raise InputError(f"no '{path}'; give --resume the folder of a run")
+        raise InputError(f"no '{path}'; give {flag} the folder of a run")
     with open(path) as file:
-        begun_as = json.load(file)
-    saved = begun_as["flags"]
-    free = ("resume", "save_every", "keep", "workers", "device", "heldout", "tensorboard")    # the steps stay the same
-    changed = [f"--{k.replace('_', '-')} (was {saved.get(k)}, now {v})" for k, v in given.items()
-               if k not in free and saved.get(k) != v]
-    if changed:
-        raise InputError(f"a resumed run keeps its flags; leave out {', '.join(changed)}, or start a new run")
-    saved["out"] = given["resume"]
-name = (saved | given).get("backbone", defaults["backbone"])
-if name not in BACKBONES:
-    raise InputError(f"--backbone {name}: there are {', '.join(BACKBONES)}")
-args = SimpleNamespace(**defaults | BACKBONES[name].train | saved | given)
-check_least(args, batch=1, micro_batch=1, calibrate=1, save_every=1, keep=1, threads=1, head_width=1, workers=0, heldout=0,
-            seed=0)
+        return json.load(file)
 
-if args.threads:
-    torch.set_num_threads(args.threads)
-if args.tensorboard:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise InputError("--tensorboard needs a package of its own; pip install tensorboard") from e
 
-stages = []    # (steps, experts, lr)
-for text in args.stage:
+def read_flags():
+    """The flags. One that is not given comes from the run to resume, else from the one to start from,
+    else from DEFAULTS of the backbone, else from the parser. Raises InputError."""
+    parser = build_parser()
+    given = parser.parse_args()
+    if given.backbone not in BACKBONES:
+        raise InputError(f"--backbone {given.backbone}: there are {', '.join(BACKBONES)}")
+    if given.resume:
+        saved = read_config(given.resume, "--resume")["flags"]
+    else:
+        saved = inherited_flags(parser, given.init_from)
+        saved = DEFAULTS.get(saved.get("backbone", given.backbone), {}) | saved
+    parser.set_defaults(**saved | {"stage": None})    # a default list would be appended to
+    args = parser.parse_args()
+    args.stage = args.stage or saved.get("stage") or ["100000:recon", "100000:all"]
+    if args.resume:
+        changed = [f"--{name.replace('_', '-')} (was {saved[name]}, now {value})"
+                   for name, value in vars(args).items()
+                   if name not in FREE_FLAGS and value != saved[name]]
+        if changed:
+            raise InputError(f"a resumed run keeps its flags; leave out {', '.join(changed)}, or "
+                             "start a new run")
+        args.out = args.resume
+    return args
+
+
+def inherited_flags(parser, init_from):
+    """{flag: value} that say what the adapter and the heads of an earlier run fit."""
+    if not init_from:
+        return {}
+    run = os.path.dirname(os.path.abspath(latest_checkpoint(init_from)))
+    flags = read_config(run, "--init-from")["flags"]
+    return {name: flags[name] for name in ("backbone", "model_path", "head", "head_width")}
+
+
+class Stage(NamedTuple):
+    """A stage of section 3.4."""
+    steps: int
+    tasks: list       # A_s, its experts
+    weights: dict     # {term: w_k}; pitch_aux has w_k times w_aux, since it stands inside L_pitch
+    lr: float         # the highest learning rate
+
+
+def parse_stage(text, args):
+    """Stage of STEPS:EXPERTS[:LR], such as 500:recon,pitch=0.5:2e-4. Raises InputError."""
     try:
-        steps, names, rate = (text.split(":") + [args.lr] * (text.count(":") == 1))
-        names = ["recon", *EXPERTS] if names == "all" else list(dict.fromkeys(names.split(",")))
-        if int(steps) < 1 or not 0 < float(rate) < math.inf or not set(names) <= {"recon", *EXPERTS, "none"}:
+        steps, experts, *lr = text.split(":")
+        stage_lr, = lr or [args.lr]
+        task_weights = {}
+        for part in experts.split(","):
+            task, _, weight = part.partition("=")
+            for name in EVERY_EXPERT if task == "all" else [task]:
+                task_weights[name] = float(weight or 1)
+        task_weights.pop("none", None)
+        numbers = [float(stage_lr), *task_weights.values()]
+        if int(steps) < 1 or not all(0 < number < math.inf for number in numbers):
             raise ValueError(text)
+        if unknown := set(task_weights) - set(EVERY_EXPERT):
+            raise ValueError(unknown)
     except ValueError as e:
-        raise InputError(f"--stage {text}: give STEPS:EXPERTS or STEPS:EXPERTS:LR with EXPERTS from "
-                         f"recon,{','.join(EXPERTS)}, or all, or none; LR, or --lr, is a number above 0") from e
-    stages.append((int(steps), [n for n in names if n != "none"], float(rate)))
-tasks = list(dict.fromkeys(name for _, names, _ in stages for name in names))    # of any stage, in order
-total = sum(steps for steps, _, _ in stages)
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranks: torchrun sets these variables; without it there is one
-
-rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-device = usable_device(f"cuda:{local}" if args.device == "cuda" else args.device)
-if world > 1:
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        raise InputError(
+            f"--stage {text}: give STEPS:EXPERTS or STEPS:EXPERTS:LR with EXPERTS from "
+            f"{','.join(EVERY_EXPERT)}, each perhaps with a weight as in pitch=0.5, or all, or none; "
+            "weights and LR, or --lr, are numbers above 0") from e
+    weights = {}
+    for task, weight in task_weights.items():
+        for term in terms(task):
+            weights[term] = weight * (args.w_pitch_aux if term == "pitch_aux" else 1)
+    return Stage(int(steps), list(task_weights), weights, float(stage_lr))
 
 
-def all_sum(*numbers):
-    """Sums over the ranks, as floats."""
-    t = torch.tensor(numbers, dtype=torch.float64, device=device)
-    if world > 1:
-        dist.all_reduce(t)
-    return t.tolist()
+def prepare(args, world):
+    """What has to be right, or set, before anything is loaded. Raises InputError."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.tensorboard:
+        need("torch.utils.tensorboard", "tensorboard")
+    micro = args.micro_batch or max(1, args.batch // world)
+    if args.batch % (micro * world):
+        raise InputError(f"--batch {args.batch} is not a multiple of {world} ranks times "
+                         f"--micro-batch {micro}")
+    if args.resume and not checkpoint_steps(args.out):
+        raise InputError(f"'{args.out}' holds no checkpoint yet; start anew with --out {args.out} and "
+                         "the flags in its config.json")
 
 
-def gather(value):
-    """[value of each rank]"""
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return values
+# --------------------------------------------------------------------------------------------------
+# Ranks
+
+class Ranks:
+    """The processes that torchrun started, by the variables it sets; without it there is one."""
+
+    def __init__(self, device):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        local = os.environ.get("LOCAL_RANK", 0)
+        self.device = usable_device(f"cuda:{local}" if device == "cuda" else device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def sum(self, *numbers):
+        """Sums over the ranks, as floats."""
+        t = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t.tolist()
+
+    def gather(self, value):
+        """[value of each rank]"""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def say(self, text):
+        if self.rank == 0:
+            tqdm.write(text)
 
 
-def say(text):
-    if rank == 0:
-        tqdm.write(text)
+# --------------------------------------------------------------------------------------------------
+# The student: what is trained
+
+class Student(torch.nn.Module):
+    """The backbone with its adapters, and the heads of a stage's experts."""
+
+    def __init__(self, coat, heads, tasks):
+        super().__init__()
+        self.coat = coat
+        self.heads = heads
+        self.tasks = tasks
+        for task, head in heads.items():
+            head.requires_grad_(task in tasks)    # those of other stages rest
+
+    def forward(self, batch, targets):
+        """{"ce", and every term of the experts: () sum over the batch}.
+
+        targets     {task: z_k (B, L, E)} of the teachers; recon's is what the model itself hears"""
+        out = self.coat(batch)                                                      # H_think
+        targets = targets | {"recon": out.audio_embeds}
+        active = {task: targets[task] for task in self.tasks}
+        return {"ce": out.ce_sum} | self.heads(out.think_states, out.valid, active)
 
 
-micro = args.micro_batch or max(1, args.batch // world)
-if args.batch % (micro * world):
-    raise InputError(f"--batch {args.batch} is not a multiple of {world} ranks times --micro-batch {micro}")
-accumulate = args.batch // (micro * world)    # micro-batches a step on each rank
+@dataclass
+class Run:
+    """A run between two steps."""
+    args: SimpleNamespace
+    stages: list
+    ranks: Ranks
+    source: object          # of rows, see data.py
+    coat: CoAT
+    experts: dict           # {task: frozen teacher}
+    heads: ExpertHeads
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    skipped: int = 0        # rows that could not be used
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model, heads, teachers. The same seed on every rank gives the same new weights.
+    def __post_init__(self):
+        self.stop = []      # filled by SIGTERM
+        signal.signal(signal.SIGTERM, lambda *_: self.stop.append("SIGTERM"))
 
-if args.resume and not checkpoint_steps(args.out):
-    raise InputError(f"'{args.out}' holds no checkpoint yet; start anew with --out {args.out} and the flags in its config.json")
-checkpoint = latest_checkpoint(args.out) if args.resume else None
-torch.manual_seed(args.seed)
-coat = load_coat(args.backbone, checkpoint, args.model_path, trainable=True, device=device)
-experts = {name: load(name, getattr(args, f"teacher_{name}"), device=device, random=args.random_teachers)
-           for name in tasks if name != "recon"}
-readouts = {name: getattr(expert, "readout", None) for name, expert in experts.items()}
-width = coat.hf.config.get_text_config().hidden_size
-heads = torch.nn.ModuleDict({
-    name: ProjectionHead(width, experts[name].dim if name in experts else width, args.head, args.head_width)
-    for name in tasks}).to(device)
+    @property
+    def tasks(self):
+        return list(self.heads)
 
-if args.checkpointing:
-    coat.checkpoint_activations()
-if args.compile:
-    coat.compile_layers()
+    @property
+    def total(self):
+        return sum(stage.steps for stage in self.stages)
 
-adapters = [p for p in coat.parameters() if p.requires_grad]
-decayed = [p for p in heads.parameters() if p.ndim >= 2]
-others = [p for p in heads.parameters() if p.ndim < 2]
-optimizer = torch.optim.AdamW([{"params": adapters + others, "weight_decay": 0.0},
-                               {"params": decayed, "weight_decay": args.weight_decay}],
-                              betas=(0.9, 0.95), fused=device.type == "cuda")
-# Forward, and backward to the activations but not to the frozen weights: 4 FLOPs a weight and token.
-flops_per_token = 4 * coat.decoder_weights
-peak = device.type == "cuda" and next((v for k, v in PEAKS.items() if k in torch.cuda.get_device_name(device)), None)
-autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+    @property
+    def rates(self):
+        """Sample rates that the teachers hear."""
+        return {expert.sample_rate for expert in self.experts.values()}
 
-# ----------------------------------------------------------------------------------------------------------------------
+    @property
+    def micro(self):
+        """Rows at once on a rank."""
+        return self.args.micro_batch or max(1, self.args.batch // self.ranks.world)
+
+    def autocast(self):
+        on_gpu = self.ranks.device.type == "cuda"
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=on_gpu)
+
+
+def build_models(args, tasks, device, adapter):
+    """(CoAT, {task: teacher}, ExpertHeads); the same seed on every rank gives the same new weights."""
+    torch.manual_seed(args.seed)
+    coat = load_coat(args.backbone, adapter, args.model_path, trainable=True, device=device)
+    experts = {}
+    for task in tasks:
+        if task != "recon":
+            experts[task] = load(task, getattr(args, f"teacher_{task}"), device, args.random_teachers)
+    d = coat.hf.config.get_text_config().hidden_size
+    dims = {task: experts[task].dim if task in experts else d for task in tasks}
+    readouts = {task: getattr(expert, "readout", None) for task, expert in experts.items()}
+    heads = ExpertHeads(d, dims, readouts, args.head, args.head_width).to(device)
+    if args.checkpointing:
+        coat.checkpoint_activations()
+    if args.compile:
+        coat.compile_layers()
+    return coat, experts, heads
+
+
+def build_optimizer(coat, heads, weight_decay, device):
+    """AdamW in which only the matrices of the heads decay."""
+    adapters = [p for p in coat.parameters() if p.requires_grad]
+    matrices = [p for p in heads.parameters() if p.ndim >= 2]
+    vectors = [p for p in heads.parameters() if p.ndim < 2]
+    groups = [{"params": adapters + vectors, "weight_decay": 0.0},
+              {"params": matrices, "weight_decay": weight_decay}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
+
+
+# --------------------------------------------------------------------------------------------------
 # Data: a stage's rows are a function of (seed, stage), so the step alone says where a run stands
 
-tones = args.data.split(":")[0] == "tones" and (args.data.split(":", 1)[1:] or [",".join(TONES)])[0].split(",")
-if tones and set(tones) - set(TONES):
-    raise InputError(f"--data {args.data}: give tones, or tones:KINDS with KINDS from {','.join(TONES)}")
-source = Tones("train", total * args.batch, tones) if tones else open_source(args.data)
-found = fingerprint(source)
-if len(set(gather(found))) > 1:
-    raise InputError(f"the ranks find different rows or audio in {args.data}; give all of them the same files")
-spec, rates = coat.spec, {e.sample_rate for e in experts.values()}
-for row, reason in source.seconds()[1]:
-    say(f"skipped row {row}: {reason}")
-skipped = len(source.seconds()[1])
-if isinstance(source, Mixture):
-    for n in sorted({steps * args.batch for steps, _, _ in stages}):    # all of them now: none should fail in a week
-        say(f"a stage of {n} rows from {args.data}:\n" + "\n".join(source.report(n)))
-can_fork = torch.multiprocessing.get_start_method() == "fork"    # else a data process would run this script once more
-if args.workers and not can_fork:
-    say("no data processes on this system (--workers 0): rows are loaded between the steps")
+def open_data(args, stages, ranks):
+    """(source of rows, its fingerprint). Raises InputError if the ranks see different files."""
+    n_rows = sum(stage.steps for stage in stages) * args.batch
+    source = open_source(args.data, "train", n_rows)
+    found = fingerprint(source)
+    if len(set(ranks.gather(found))) > 1:
+        raise InputError(f"the ranks find different rows or audio in {args.data}; give all of them "
+                         "the same files")
+    for row, reason in source.skipped:
+        ranks.say(f"skipped row {row}: {reason}")
+    if isinstance(source, Mixture):
+        for n in sorted({stage.steps * args.batch for stage in stages}):    # none fails in a week
+            ranks.say(f"a stage of {n} rows from {args.data}:\n" + "\n".join(source.report(n)))
+    return source, found
 
 
-def own_group(worker):
-    os.setpgid(0, 0)    # a signal to all processes is for the rank, which saves; its data processes end with it
+def ignore_sigterm(worker):
+    """In a data process: a signal to all processes is for the rank, which saves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def micro_batches(stage, first=0):
-    """This rank's micro-batches of a stage, from step `first` on."""
-    plan = plan_stage(source, stages[stage][0], args.batch, args.seed, stage)[first:]
-    mine = plan.reshape(-1, accumulate, world, micro)[:, :, rank].reshape(-1, micro).tolist()
+def micro_batches(run, number, first):
+    """DataLoader of this rank's micro-batches of stage `number`, from its step `first` on."""
+    args, ranks = run.args, run.ranks
+    plan = plan_stage(run.source, run.stages[number].steps, args.batch, args.seed, number)[first:]
+    mine = plan.reshape(-1, ranks.world, run.micro)[:, ranks.rank]              # (steps * turns, micro)
+    can_fork = torch.multiprocessing.get_start_method() == "fork"    # else it would run this script
     return torch.utils.data.DataLoader(
-        Rows(source), batch_sampler=mine, num_workers=args.workers * can_fork, pin_memory=device.type == "cuda",
-        collate_fn=functools.partial(collate, spec=spec, rates=rates), worker_init_fn=own_group)
+        Rows(run.source), batch_sampler=mine.tolist(), num_workers=args.workers * can_fork,
+        collate_fn=functools.partial(collate, spec=run.coat.spec, rates=run.rates),
+        pin_memory=ranks.device.type == "cuda", worker_init_fn=ignore_sigterm)
 
 
-def targets_of(batch, names):
-    """{name: (B, L, E)} of the teachers, in fp32 (a GPU's convolutions: TF32): bf16 would show in their log spectra."""
-    return teacher_targets({name: experts[name] for name in names if name != "recon"}, batch)
+def idle_batch(run, skipped):
+    """A row of text without targets, where no row can be used: all ranks take the same turns."""
+    batch = build_inputs(run.coat.spec, [None], ["nothing"], [""])
+    batch["labels"].fill_(IGNORE)
+    waves = {rate: [None] for rate in run.rates}
+    return batch | {"waves": waves, "rows": [], "seconds": 0.0, "skipped": skipped}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Start afresh or go on
+def step_batches(run, number, first, clock):
+    """Yields (step of the stage, [its micro-batches on the device])."""
+    turns = run.args.batch // (run.micro * run.ranks.world)
+    loader = iter(micro_batches(run, number, first))
+    for i in range(first, run.stages[number].steps):
+        batches = []
+        with clock("data"):
+            for _ in range(turns):
+                batch = next(loader)
+                for reason in batch["skipped"]:    # of every rank, hence not say()
+                    tqdm.write(f"skipped: {reason}")
+                if not batch["rows"]:
+                    batch = idle_batch(run, batch["skipped"])
+                batches.append(to_device(batch, run.ranks.device))
+        yield i, batches
 
-commit = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
-config = {"flags": vars(args), "data": found, "world": world, "commit": commit,
-          "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-          "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)}}
-if args.resume:
-    for file in ("state.pt", "heads.safetensors"):
-        if not os.path.isfile(os.path.join(checkpoint, file)):
-            raise InputError(f"'{checkpoint}' holds no {file}; delete it to go on after the checkpoint before it")
-    if begun_as["data"] != found:
-        raise InputError(f"the rows of {args.data}, or the lengths of their audio, are not those that the run began with; "
-                         "bring them back, or start a new run")
-    for what in ("world", "commit", "device", "versions"):
-        if begun_as[what] != config[what]:
-            say(f"!! not bit for bit: {what} was {begun_as[what]} when the run began and is now {config[what]}")
-    try:
-        state = torch.load(os.path.join(checkpoint, "state.pt"), map_location=device, weights_only=True)
-        safetensors.torch.load_model(heads, os.path.join(checkpoint, "heads.safetensors"))
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, LookupError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as e:
-        raise InputError(f"'{checkpoint}' is damaged ({str(e).splitlines()[0]}); delete it to go on after the one "
-                         "before") from e
-    if len(state["rng"]) == world:
-        for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"][rank]):
-            set_state(value.cpu())
-    step, scales, skipped = state["step"], state["scales"], state["skipped"]
-else:
-    if rank == 0 and not args.out:
-        free = (f"runs/{args.backbone}" + (f"-{i}" if i > 1 else "") for i in range(1, 10 ** 6))
-        args.out = next(path for path in free if not os.path.exists(path))
-    args.out = gather(args.out)[0]
+
+# --------------------------------------------------------------------------------------------------
+# Start, save, resume
+
+def calibrate(run, tasks):
+    """Measures scales and best constant answers over the first clips (heads.py), on rank 0 for all."""
+    args, device = run.args, run.ranks.device
+    lengths = run.source.lengths
+    clips = {task: [] for task in tasks}
+    rows = []
+    if run.ranks.rank == 0 and tasks:
+        longest = max(stage.steps for stage in run.stages)    # all as one may exceed a max_epochs
+        rows = plan_stage(run.source, longest, args.batch, args.seed, 0).ravel()
+        rows = rows[lengths[rows] > 0][:args.calibrate]
+    for start in range(0, len(rows), run.micro):
+        loaded = [Rows(run.source)[int(row)] for row in rows[start:start + run.micro]]
+        batch = to_device(collate(loaded, run.coat.spec, run.rates), device)
+        if not batch["rows"]:
+            continue
+        with torch.no_grad(), run.autocast():
+            heard = {"recon": run.coat(batch).audio_embeds}
+        heard |= teacher_targets(run.experts, batch)
+        for task in tasks:
+            for z, n in zip(heard[task], batch["n_audio"].tolist()):
+                clips[task].append(z[:n])
+    for task, found in clips.items():
+        if found:
+            run.heads.calibrate(task, found)
+    if run.ranks.gather(not all(clips.values()) and bool(lengths.any()))[0]:
+        raise InputError(f"none of the first {args.calibrate} clips can be used; see python data.py "
+                         f"check {args.data}")
+    if run.ranks.world > 1:
+        for tensor in run.heads.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def start(run):
+    """A new run: its folder, and heads that start from the best constant answer or from another run."""
+    args = run.args
+    if run.ranks.rank == 0 and not args.out:
+        names = (f"runs/{args.backbone}" + (f"-{i}" if i > 1 else "") for i in range(1, 10 ** 6))
+        args.out = next(name for name in names if not os.path.exists(name))
+    args.out = run.ranks.gather(args.out)[0]
     if checkpoint_steps(args.out):
-        raise InputError(f"'{args.out}' already holds checkpoints; give --resume {args.out} to go on, or another --out")
+        raise InputError(f"'{args.out}' already holds checkpoints; give --resume {args.out} to go "
+                         "on, or another --out")
     try:
         os.makedirs(args.out, exist_ok=True)
     except OSError as e:
         raise InputError(f"--out {args.out}: {e.strerror}; give a folder that can be made") from e
-    # The scale of each loss: what the best constant answer would cost over the first clips (heads.loss_scales).
-    clips, rows = {name: [] for name in tasks}, []
-    if rank == 0 and tasks:
-        longest = max(steps for steps, _, _ in stages)    # all as one could be more than a mixture's max_epochs allow
-        rows = plan_stage(source, longest, args.batch, args.seed, 0).ravel()
-        rows = rows[source.seconds()[0][rows] > 0][:args.calibrate]    # those with audio
-    for i in range(0, len(rows), micro):
-        batch = to_device(collate([Rows(source)[int(r)] for r in rows[i:i + micro]], spec, rates), device)
-        if batch["rows"] and batch["n_audio"].any():
-            with torch.no_grad(), autocast():
-                heard = {"recon": coat(batch).audio_embeds} if "recon" in tasks else {}
-            for name, z in (targets_of(batch, tasks) | heard).items():
-                clips[name] += [z[j, :n] for j, n in enumerate(batch["n_audio"]) if n]
-    scales = gather({name: loss_scales(name, z, readouts.get(name)) for name, z in clips.items() if z})[0]
-    if source.seconds()[0].any() and set(scales) != set(tasks):
-        raise InputError(f"none of the first {args.calibrate} clips can be used; see python data.py check {args.data}")
-    del clips
-    step = 0
-
-log_path = os.path.join(args.out, "log.jsonl")
-if rank == 0:
-    if args.resume:    # what was logged after the checkpoint is done, and logged, again
-        with open(log_path, "a+") as file, open(log_path + ".tmp", "w") as new:
-            file.seek(0)
-            new.writelines(line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step)
-        os.replace(log_path + ".tmp", log_path)
-    else:
-        open(log_path, "w").close()    # of a start that came to no checkpoint
-        with open(os.path.join(args.out, "config.json.tmp"), "w") as file:
-            json.dump(config, file, indent=1)
-        os.replace(file.name, os.path.join(args.out, "config.json"))
-count = lambda params: sum(p.numel() for p in params) / 1e6
-say(f"{args.backbone} on {world} x {device}: {count(coat.parameters()):.1f} M weights, of which {count(adapters):.2f} M "
-    f"trained; heads {count(heads.parameters()):.2f} M ({', '.join(tasks) or 'none'})")
-say(f"{total} steps of {args.batch} rows from {args.data}, to {args.out}, set up in {time.time() - started:.0f} s")
-if tones and args.backbone != "tiny":
-    say("!! training on made tones, which teach nothing about speech or sound; give --data a manifest, see data.py")
+    known = load_heads(run.heads, latest_checkpoint(args.init_from)) if args.init_from else []
+    calibrate(run, [task for task in run.tasks if task not in known])
 
 
-def save():
-    """checkpoint-STEP, whole or not at all: it is written under another name and renamed. All ranks call it."""
-    rng = gather([torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if device.type == "cuda" else []))
-    final = os.path.join(args.out, f"checkpoint-{step}")
-    if rank == 0 and not os.path.exists(final):
-        try:
-            shutil.rmtree(final + ".tmp", ignore_errors=True)
-            coat.save(final + ".tmp")
-            safetensors.torch.save_model(heads, os.path.join(final + ".tmp", "heads.safetensors"))
-            torch.save({"step": step, "optimizer": optimizer.state_dict(), "scales": scales, "skipped": skipped,
-                        "rng": rng}, os.path.join(final + ".tmp", "state.pt"))
-        except (OSError, RuntimeError, safetensors.SafetensorError) as e:    # each library has its own for a full disk
-            shutil.rmtree(final + ".tmp", ignore_errors=True)
-            raise InputError(f"cannot write {final}: {str(e).splitlines()[0]}; make room and go on with --resume "
-                             f"{args.out}") from e
-        os.rename(final + ".tmp", final)
-        for n in checkpoint_steps(args.out)[:-args.keep]:
-            shutil.rmtree(os.path.join(args.out, f"checkpoint-{n}"))
-    gather(None)    # torchrun ends all ranks when one does, so none goes before this is written
-
-
-def draw():
-    """losses.png: every loss, as means over at most 300 pieces of the run; dashed where a stage begins."""
+def load_heads(heads, checkpoint):
+    """Loads those heads, with their scales, that another run has too -> their tasks. Raises InputError."""
+    path = os.path.join(checkpoint, "heads.safetensors")
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return say("no losses.png without matplotlib; pip install matplotlib")
-    with open(log_path) as file:
-        lines = [json.loads(line) for line in file]
-    fig = Figure(figsize=(8, 4), layout="constrained")
-    axes = fig.subplots()
-    for term in ["ce", *(term for name in tasks for term in terms(name))]:
-        points = [(line["step"], line[term]) for line in lines if line.get(term) is not None]
-        means = [np.mean(piece, 0) for piece in np.array_split(points, min(300, len(points)))] if points else [(0, np.nan)]
-        axes.semilogy(*np.transpose(means), label=term)
-    for begin in np.cumsum([steps for steps, _, _ in stages])[:-1]:
-        axes.axvline(begin, color="gray", linestyle="--", linewidth=1)
-    axes.set(xlabel="step", ylabel="ce: nats a token; experts: 1 ignores the audio")
-    axes.legend()
-    fig.savefig(os.path.join(args.out, "losses.png"), dpi=80)
+        weights = safetensors.torch.load_file(path)
+        known = [task for task in heads if f"{task}.out.weight" in weights]
+        of_known = {name for name in heads.state_dict()
+                    if name.split(".")[0].split("_")[0] in known}
+        heads.load_state_dict({name: weights[name] for name in of_known}, strict=False)
+    except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as e:
+        raise InputError(f"--init-from: '{path}' cannot be read or has heads of another size "
+                         f"({str(e).splitlines()[0]}); give its --head and --head-width") from e
+    return known
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
+def resume(run, checkpoint, config):
+    """Loads what `save` saved. Raises InputError if the run would go another way than it began."""
+    began = read_config(run.args.resume, "--resume")
+    for file in ("state.pt", "heads.safetensors"):
+        if not os.path.isfile(os.path.join(checkpoint, file)):
+            raise InputError(f"'{checkpoint}' holds no {file}; delete it to go on after the "
+                             "checkpoint before it")
+    if began["data"] != config["data"]:
+        raise InputError(f"the rows of {run.args.data}, or the lengths of their audio, are not those "
+                         "that the run began with; bring them back, or start a new run")
+    for what in ("world", "commit", "device", "versions"):
+        if began[what] != config[what]:
+            run.ranks.say(f"!! not bit for bit: {what} was {began[what]} when the run began and is "
+                          f"now {config[what]}")
+    try:
+        state = torch.load(os.path.join(checkpoint, "state.pt"), map_location=run.ranks.device,
+                           weights_only=True)
+        safetensors.torch.load_model(run.heads, os.path.join(checkpoint, "heads.safetensors"))
+        run.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, LookupError, EOFError, pickle.UnpicklingError,
+            safetensors.SafetensorError) as e:
+        raise InputError(f"'{checkpoint}' is damaged ({str(e).splitlines()[0]}); delete it to go on "
+                         "after the one before") from e
+    run.step = state["step"]
+    run.skipped = state["skipped"]
+    if len(state["rng"]) == run.ranks.world:
+        set_rng(state["rng"][run.ranks.rank])
 
-stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
-bar = tqdm(total=total, initial=step, disable=rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
-log = open(log_path, "a") if rank == 0 else None
-board = SummaryWriter(args.out, purge_step=step + 1) if rank == 0 and args.tensorboard else None
-begin, begun = time.time(), step
-for stage, (steps, names, rate) in enumerate(stages):
-    first = step - sum(s for s, _, _ in stages[:stage])    # steps of this stage that are behind us
-    if first >= steps:
-        continue
-    params = adapters + [p for name in names for p in heads[name].parameters()]
-    loader = iter(micro_batches(stage, first))
-    for i in range(first, steps):
-        tick = time.time()
+
+def rng_state(device):
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state())
+    return states
+
+
+def set_rng(states):
+    for set_state, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), states):
+        set_state(state.cpu())
+
+
+def save(run):
+    """checkpoint-STEP, whole or not at all: written under another name and renamed. All ranks call it."""
+    rng = run.ranks.gather(rng_state(run.ranks.device))
+    final = os.path.join(run.args.out, f"checkpoint-{run.step}")
+    if run.ranks.rank == 0 and not os.path.exists(final):
+        new = final + ".tmp"
+        state = {"step": run.step, "skipped": run.skipped, "rng": rng,
+                 "optimizer": run.optimizer.state_dict()}
         try:
-            batches = [to_device(next(loader), device) for _ in range(accumulate)]
-        except RuntimeError:    # a data process is gone, perhaps by the signal that is to stop this one too
-            time.sleep(1)
-            if not stop:
-                raise
-            batches = []
-        waited = time.time() - tick
-        skipped_here = [reason for batch in batches for reason in batch["skipped"]]
-        for reason in skipped_here:    # of every rank, hence not say()
-            tqdm.write(f"skipped: {reason}")
-        batches = [batch for batch in batches if batch["rows"]]
+            shutil.rmtree(new, ignore_errors=True)
+            run.coat.save(new)
+            safetensors.torch.save_model(run.heads, os.path.join(new, "heads.safetensors"))
+            torch.save(state, os.path.join(new, "state.pt"))
+        except (OSError, RuntimeError, safetensors.SafetensorError) as e:    # a full disk, as each says it
+            shutil.rmtree(new, ignore_errors=True)
+            raise InputError(f"cannot write {final}: {str(e).splitlines()[0]}; make room and go on "
+                             f"with --resume {run.args.out}") from e
+        os.rename(new, final)
+        for step in checkpoint_steps(run.args.out)[:-run.args.keep]:
+            shutil.rmtree(os.path.join(run.args.out, f"checkpoint-{step}"))
+    run.ranks.gather(None)    # torchrun ends all ranks when one does, so none goes before this
 
-        # Every loss is a sum over the whole global batch divided by its count over the whole global batch, so that it
-        # does not matter how the rows are cut into micro-batches and ranks.
-        n_targets, n_frames, n_tokens, n_slots, seconds, n_skipped, stopped = all_sum(
-            sum((b["labels"][:, 1:] != IGNORE).sum().item() for b in batches),
-            sum(b["n_audio"].sum().item() for b in batches), sum(b["attention_mask"].sum().item() for b in batches),
-            sum(b["input_ids"].numel() for b in batches), sum(b["seconds"] for b in batches), len(skipped_here), len(stop))
-        if stopped:
-            break
-        if not n_targets:
-            raise InputError(f"step {step + 1}: none of the {args.batch} rows can be used; see the reasons above")
-        sums = dict.fromkeys(["ce", *(term for name in names for term in terms(name))], 0.0)
-        taught = 0.0    # seconds spent in the teachers
-        for batch in batches:
-            audible = batch["n_audio"].any()
-            mark = time.time()
-            targets = targets_of(batch, names) if audible else {}
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            taught += time.time() - mark
-            with autocast():
-                out = coat(batch)
-                z_hats = {name: heads[name](out.think_states, out.valid) for name in names} if audible else {}
-            targets["recon"] = out.audio_embeds
-            loss = out.ce_sum / n_targets
-            sums["ce"] += loss.item()
-            for name, z_hat in z_hats.items():
-                parts = expert_loss(name, z_hat.float(), targets[name], out.valid, scales[name], readouts.get(name))
-                for term, value in parts.items():
-                    loss = loss + getattr(args, f"w_{term}") * value / n_frames
-                    sums[term] += value.item() / n_frames
-            loss.backward()
-        for p in params:    # a rank without audio in this step has no gradient for the heads
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if world > 1:
-            flat = torch.cat([p.grad.flatten() for p in params])
-            dist.all_reduce(flat)
-            for p, grad in zip(params, flat.split([p.numel() for p in params])):
-                p.grad.copy_(grad.view_as(p))
-        sums = dict(zip(sums, all_sum(*sums.values())))
-        norm = torch.nn.utils.clip_grad_norm_(params, args.clip).item()
-        if not math.isfinite(norm + sum(sums.values())):
-            save()
-            rows = [row["row"] for batch in batches for row in batch["rows"]]
-            raise InputError(f"step {step + 1}: the loss is not finite; rows {rows} of this rank are in it. The last good "
-                             "step is saved; look at these rows, or start a new run with a lower --lr")
-        warm = max(1, round(args.warmup * steps))
-        lr = rate * ((i + 1) / warm if i < warm else 0.5 + 0.5 * math.cos(math.pi * (i - warm) / (steps - warm)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        skipped += int(n_skipped)
 
-        took = time.time() - tick
-        total_loss = sums["ce"] + sum(getattr(args, f"w_{term}") * v for term, v in sums.items() if term != "ce")
-        if not n_frames:    # rows of text alone say nothing about the experts
-            sums = dict.fromkeys(sums) | {"ce": sums["ce"]}
-        line = {"step": step, "stage": stage + 1, "lr": lr, "loss": total_loss} | sums | {
-            "grad_norm": norm, "tokens_per_s": n_tokens / took, "audio_s_per_s": seconds / took,
-            "padding": 1 - n_tokens / n_slots, "data_wait": waited / took, "teachers": taught / took, "skipped": skipped,
-            "mfu": flops_per_token * n_tokens / took / (peak * world) if peak else None,
-            "gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None}
-        if rank == 0:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            eta = (time.time() - begin) / (step - begun) * (total - step)
-            say(f"step {step}/{total} stage {stage + 1} lr {lr:.1e} loss {total_loss:.3f} "
-                + " ".join(f"{k} -" if v is None else f"{k} {v:.3f}" for k, v in sums.items())
-                + f" norm {norm:.2f} | {n_tokens / took:.0f} tok/s, {seconds / took:.1f} audio s/s, padding "
-                f"{line['padding']:.0%}, data wait {line['data_wait']:.0%}, teachers {line['teachers']:.0%}, "
-                + (f"MFU {line['mfu']:.0%} of {peak / 1e12:.0f} TFLOP/s, {line['gib']:.1f} GiB, " if peak else "")
-                + f"eta {eta:.0f} s")
-            for key, value in line.items() if board else ():
+def describe(args, data, ranks):
+    """config.json of a run: what would have to be the same for the same steps."""
+    device = f"cpu, {torch.get_num_threads()} threads"
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    commit = None
+    if shutil.which("git"):
+        here = os.path.dirname(os.path.abspath(__file__))
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
+        commit = done.stdout.strip()
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    return {"flags": vars(args), "data": data, "world": ranks.world, "commit": commit,
+            "device": device, "versions": versions}
+
+
+# --------------------------------------------------------------------------------------------------
+# The log
+
+class Clock:
+    """Seconds since it was made, and those spent in its parts: `with clock("data"): ...`"""
+
+    def __init__(self, device):
+        self.device = device
+        self.begin = time.time()
+        self.parts = Counter()
+
+    @contextlib.contextmanager
+    def __call__(self, part):
+        begin = time.time()
+        yield
+        if self.device.type == "cuda" and part != "data":
+            torch.cuda.synchronize()
+        self.parts[part] += time.time() - begin
+
+    def restart(self):
+        self.begin = time.time()
+        self.parts.clear()
+
+
+class Log:
+    """log.jsonl, the lines on the screen, the bar, and TensorBoard if asked for. Rank 0 writes."""
+
+    def __init__(self, run):
+        self.run = run
+        self.writes = run.ranks.rank == 0
+        self.path = os.path.join(run.args.out, "log.jsonl")
+        self.begin = time.time()
+        self.begin_step = run.step
+        self.bar = tqdm(total=run.total, initial=run.step, dynamic_ncols=True,
+                        disable=not self.writes or not sys.stderr.isatty())
+        self.board = None
+        if self.writes:
+            self.drop_later_steps()
+            self.file = open(self.path, "a")
+            if run.args.tensorboard:
+                board = need("torch.utils.tensorboard", "tensorboard")
+                self.board = board.SummaryWriter(run.args.out, purge_step=run.step + 1)
+        name = torch.cuda.get_device_name() if run.ranks.device.type == "cuda" else ""
+        self.peak = next((flops for chip, flops in PEAKS.items() if chip in name), None)
+
+    def drop_later_steps(self):
+        """What was logged after the checkpoint is done, and logged, again; a new run starts empty."""
+        lines = []
+        if self.run.step and os.path.exists(self.path):
+            with open(self.path) as file:
+                lines = [line for line in file if line.endswith("\n")]
+        with open(self.path + ".tmp", "w") as new:
+            new.writelines(line for line in lines if json.loads(line)["step"] <= self.run.step)
+        os.replace(new.name, self.path)
+
+    def write(self, number, lr, losses, norm, n, clock):
+        """One step. losses: {"loss", "ce", terms}, None for what had nothing to say."""
+        run = self.run
+        took = time.time() - clock.begin
+        rates = {"tokens_per_s": n.tokens / took, "audio_s_per_s": n.seconds / took,
+                 "padding": 1 - n.tokens / n.slots, "data_wait": clock.parts["data"] / took,
+                 "teachers": clock.parts["teachers"] / took, "skipped": run.skipped,
+                 "mfu": None, "gib": None}
+        if self.peak:
+            # Forward, and backward to the activations but not to the frozen weights: 4 FLOPs each.
+            flops = 4 * run.coat.decoder_weights * n.tokens
+            rates["mfu"] = flops / took / (self.peak * run.ranks.world)
+        if run.ranks.device.type == "cuda":
+            rates["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        line = {"step": run.step, "stage": number + 1, "lr": lr} | losses | {"grad_norm": norm} | rates
+        self.bar.update()
+        if self.writes:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            self.say(line)
+        if self.board:
+            for key, value in line.items():
                 if value is not None and key != "step":
-                    board.add_scalar(key, value, step)
-        bar.update()
-        if step % args.save_every == 0 and step < total:
-            save()
-    else:
-        continue
-    break    # stopped by a signal
-bar.close()
-loader = None    # ends the data processes here, in order
-save()
-if rank == 0 and step:
-    draw()
-if board:
-    board.close()
-if skipped:
-    say(f"{skipped} rows were skipped, see above and log.jsonl")
-if step < total:
-    say(f"stopped after step {step}; go on with: python train.py --resume {args.out}")
-    sys.exit(0)
+                    self.board.add_scalar(key, value, run.step)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Does it hear? Held-out questions about tones, and as a control the same questions over another row's clip.
+    def say(self, line):
+        run = self.run
+        mean = (time.time() - self.begin) / (run.step - self.begin_step)
+        cells = [f"step {run.step}/{run.total} stage {line['stage']} lr {line['lr']:.1e}"]
+        for name in ["loss", "ce", *run.stages[line["stage"] - 1].weights]:
+            cells.append(f"{name} -" if line[name] is None else f"{name} {line[name]:.3f}")
+        cells.append(f"norm {line['grad_norm']:.2f} | {line['tokens_per_s']:.0f} tok/s, "
+                     f"{line['audio_s_per_s']:.1f} audio s/s, padding {line['padding']:.0%}, data wait "
+                     f"{line['data_wait']:.0%}, teachers {line['teachers']:.0%},")
+        if line["mfu"] is not None:
+            cells.append(f"MFU {line['mfu']:.0%} of {self.peak / 1e12:.0f} TFLOP/s,")
+        if line["gib"] is not None:
+            cells.append(f"{line['gib']:.1f} GiB,")
+        cells.append(f"eta {mean * (run.total - run.step):.0f} s")
+        run.ranks.say(" ".join(cells))
 
-if rank == 0 and tones and args.heldout:
-    coat.merge()
-    heldout, results = Tones("heldout", args.heldout * len(tones), tones), {}
-    say(f"\n{'held-out question':28}{'heard':>8}{'other clip':>12}{'chance':>8}")
-    for kind in tones:
-        rows = [row for i in range(len(heldout)) if (row := Rows(heldout)[i])["task"] == kind]
-        score = []
-        for shift in (0, 1):
-            asked = [row | {"wave": rows[i - shift]["wave"]} for i, row in enumerate(rows)]
-            answers = []
-            for i in range(0, len(asked), args.batch):
-                batch = to_device(collate(asked[i:i + args.batch], spec, responses=False), device)
-                answers += coat.generate(batch, max_new_tokens=12)
-            score.append(sum(a == row["response"] for a, row in zip(answers, asked)) / len(asked))
-        results[kind] = {"heard": score[0], "other_clip": score[1], "chance": 1 / len(TONES[kind][1])}
-        say(f"{TONES[kind][0]:28}{score[0]:8.0%}{score[1]:12.0%}{results[kind]['chance']:8.0%}")
-    with open(os.path.join(args.out, "heldout.json"), "w") as file:
+    def close(self):
+        self.bar.close()
+        if self.board:
+            self.board.close()
+        if self.writes and self.run.step:
+            self.draw()
+
+    def draw(self):
+        """losses.png: means over at most 300 pieces of the run; dashed where a stage begins."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return self.run.ranks.say("no losses.png without matplotlib; pip install matplotlib")
+        with open(self.path) as file:
+            lines = [json.loads(line) for line in file]
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        names = dict.fromkeys(["ce", *(term for task in self.run.tasks for term in terms(task))])
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if points:
+                pieces = np.array_split(points, min(300, len(points)))
+                steps, values = np.transpose([piece.mean(0) for piece in pieces])
+                axes.semilogy(steps, values, label=name)
+        for begin in np.cumsum([stage.steps for stage in self.run.stages])[:-1]:
+            axes.axvline(begin, color="gray", linestyle="--", linewidth=1)
+        axes.set(xlabel="step", ylabel="ce: nats a token; experts: 1 ignores the audio")
+        axes.legend()
+        figure.savefig(os.path.join(self.run.args.out, "losses.png"), dpi=80)
+
+
+# --------------------------------------------------------------------------------------------------
+# The method
+
+def train(run, log):
+    """All stages, step by step (section 3.4). Every loss is a sum over the whole global batch divided
+    by its count over the whole global batch, so that it does not matter how the rows are cut into
+    micro-batches and ranks."""
+    world = run.ranks.world
+    clock = Clock(run.ranks.device)
+    for number, stage in enumerate(run.stages):
+        first = run.step - sum(before.steps for before in run.stages[:number])
+        if first >= stage.steps:
+            continue
+        student = distribute(Student(run.coat, run.heads, stage.tasks), world)
+        teachers = {task: run.experts[task] for task in stage.tasks if task != "recon"}
+        for i, batches in step_batches(run, number, first, clock):
+            n = count_over_ranks(run, batches)
+            if n.stop:
+                return
+            sums = Counter()
+            for batch in batches:
+                with clock("teachers"):
+                    targets = teacher_targets(teachers, batch)              # z_k = E_k(a) at 25 Hz
+                with syncing(student, batch is batches[-1]):
+                    with run.autocast():
+                        losses = student(batch, targets)
+                    losses = {name: value / n.of(name) for name, value in losses.items()}
+                    total = losses["ce"]                                    # equation 4
+                    for term, weight in stage.weights.items():
+                        total = total + weight * losses[term]
+                    (total * world).backward()                              # DDP takes the mean of the ranks
+                sums.update({name: value.detach() for name, value in (losses | {"loss": total}).items()})
+            lr = learning_rate(stage, i, run.args.warmup)
+            losses, norm = finish_step(run, sums, lr, batches)
+            log.write(number, lr, losses if n.frames else only_text(losses), norm, n, clock)
+            clock.restart()
+            if run.step % run.args.save_every == 0 and run.step < run.total:
+                save(run)
+
+
+def distribute(student, world):
+    """Gradients are exchanged while the backward pass goes on; frozen weights are not sent at all."""
+    if world == 1:
+        return student
+    return DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
+                                   gradient_as_bucket_view=True)
+
+
+def syncing(student, last):
+    """Only the last micro-batch of a step exchanges the gradients."""
+    if last or not isinstance(student, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return student.no_sync()
+
+
+class Counts(SimpleNamespace):
+    """What a step holds over all ranks: targets, frames, tokens, slots, seconds, skipped, stop."""
+
+    def of(self, name):
+        """What the sum of a loss is divided by; at least 1, for a step of text alone."""
+        return max(1, self.targets if name == "ce" else self.frames)
+
+
+def count_over_ranks(run, batches):
+    """Counts of a step. Raises InputError if none of its rows can be used."""
+    here = Counter(stop=len(run.stop))
+    for batch in batches:
+        here["skipped"] += len(batch["skipped"])
+        if batch["rows"]:
+            here["targets"] += (batch["labels"][:, 1:] != IGNORE).sum().item()
+            here["frames"] += batch["n_audio"].sum().item()
+            here["tokens"] += batch["attention_mask"].sum().item()
+            here["slots"] += batch["input_ids"].numel()
+            here["seconds"] += batch["seconds"]
+    names = ("targets", "frames", "tokens", "slots", "seconds", "skipped", "stop")
+    n = Counts(**dict(zip(names, run.ranks.sum(*(here[name] for name in names)))))
+    run.skipped += int(n.skipped)
+    if not n.targets and not n.stop:
+        raise InputError(f"step {run.step + 1}: none of the {run.args.batch} rows can be used; see "
+                         "the reasons above")
+    return n
+
+
+def learning_rate(stage, i, warmup):
+    """Of step i of a stage: a straight rise, then a cosine to zero."""
+    warm = max(1, round(warmup * stage.steps))
+    if i < warm:
+        return stage.lr * (i + 1) / warm
+    return stage.lr * (0.5 + 0.5 * math.cos(math.pi * (i - warm) / (stage.steps - warm)))
+
+
+def finish_step(run, sums, lr, batches):
+    """Clips, checks, and takes the step -> ({name: loss over all ranks}, norm of the gradient)."""
+    losses = dict(zip(sums, run.ranks.sum(*torch.stack(list(sums.values())).tolist())))
+    params = [p for group in run.optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(params, run.args.clip).item()
+    if not math.isfinite(norm + sum(losses.values())):
+        save(run)
+        rows = [row["row"] for batch in batches for row in batch["rows"]]
+        raise InputError(f"step {run.step + 1}: the loss is not finite; rows {rows} of this rank are "
+                         "in it. The last good step is saved; look at these rows, or start a new run "
+                         "with a lower --lr")
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    return losses, norm
+
+
+def only_text(losses):
+    """Rows of text alone say nothing about the experts."""
+    return {name: value if name in ("loss", "ce") else None for name, value in losses.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Does it hear?
+
+def ask_heldout(run):
+    """Held-out questions about tones and, as a control, the same questions over another row's clip."""
+    kinds = run.source.kinds
+    coat = run.coat.merge()
+    heldout = Tones("heldout", run.args.heldout * len(kinds), kinds)
+    loaded = [Rows(heldout)[i] for i in range(len(heldout))]
+    results = {}
+    run.ranks.say(f"\n{'held-out question':28}{'heard':>8}{'other clip':>12}{'chance':>8}")
+    for kind in kinds:
+        rows = [row for row in loaded if row["task"] == kind]
+        others = [row | {"wave": rows[i - 1]["wave"]} for i, row in enumerate(rows)]
+        found = {"heard": share_right(coat, rows, run.args.batch),
+                 "other_clip": share_right(coat, others, run.args.batch),
+                 "chance": 1 / len(TONES[kind][1])}
+        results[kind] = found
+        run.ranks.say(f"{TONES[kind][0]:28}{found['heard']:8.0%}{found['other_clip']:12.0%}"
+                      f"{found['chance']:8.0%}")
+    with open(os.path.join(run.args.out, "heldout.json"), "w") as file:
         json.dump(results, file, indent=1)
-    clip = os.path.join(args.out, f"heldout-{kind}-{rows[0]['response']}.wav")    # the last kind's first clip
+    clip = os.path.join(run.args.out, f"heldout-{kind}-{rows[0]['response']}.wav")
     soundfile.write(clip, rows[0]["wave"].numpy(), rows[0]["rate"])
-    say(f"\ndone in {time.time() - started:.0f} s. Now ask about a clip it has never heard; the answer is in the file's "
-        f"name:\n  python infer.py ask {args.out} {clip} --question \"{TONES[kind][0]}\"")
-else:
-    say(f"\ndone in {time.time() - started:.0f} s. Now ask:\n  python infer.py ask {args.out} CLIP --question \"...\"")
-if world > 1:
-    dist.destroy_process_group()
+    run.ranks.say("\nNow ask about a clip it has never heard; the answer is in the file's name:\n"
+                  f"  python infer.py ask {run.args.out} {clip} --question \"{TONES[kind][0]}\"")
+
+
+def share_right(coat, rows, batch_size):
+    """The share of rows whose response the model gives."""
+    right = 0
+    for start in range(0, len(rows), batch_size):
+        some = rows[start:start + batch_size]
+        batch = to_device(collate(some, coat.spec, responses=False), coat.hf.device)
+        answers = coat.generate(batch, max_new_tokens=12)
+        right += sum(answer == row["response"] for answer, row in zip(answers, some))
+    return right / len(rows)
+
+
+# --------------------------------------------------------------------------------------------------
+
+def announce(run, seconds):
+    """What is trained on what."""
+    args, ranks = run.args, run.ranks
+    weights = sum(p.numel() for p in run.coat.parameters()) / 1e6
+    trained = sum(p.numel() for p in run.coat.parameters() if p.requires_grad) / 1e6
+    of_heads = sum(p.numel() for p in run.heads.parameters()) / 1e6
+    ranks.say(f"{args.backbone} on {ranks.world} x {ranks.device}: {weights:.1f} M weights, of which "
+              f"{trained:.2f} M trained; heads {of_heads:.2f} M ({', '.join(run.tasks) or 'none'})")
+    ranks.say(f"{run.total} steps of {args.batch} rows from {args.data}, to {args.out}, set up in "
+              f"{seconds:.0f} s")
+    if isinstance(run.source, Tones) and args.backbone != "tiny":
+        ranks.say("!! training on synthetic tones, which teach nothing about speech or sound; give "
+                  "--data a manifest, see data.py")
+
+
+def main():
+    one_line_errors(ExpertUnavailable,
+                    less_memory="--micro-batch 1, --checkpointing or --head-width 1024")
+    begin = time.time()
+    args = read_flags()
+    stages = [parse_stage(text, args) for text in args.stage]
+    tasks = list(dict.fromkeys(task for stage in stages for task in stage.tasks))
+    ranks = Ranks(args.device)
+    prepare(args, ranks.world)
+
+    source, data = open_data(args, stages, ranks)
+    began_from = args.resume or args.init_from
+    checkpoint = latest_checkpoint(began_from) if began_from else None
+    coat, experts, heads = build_models(args, tasks, ranks.device, checkpoint)
+    optimizer = build_optimizer(coat, heads, args.weight_decay, ranks.device)
+    run = Run(args, stages, ranks, source, coat, experts, heads, optimizer,
+              skipped=len(source.skipped))
+    config = describe(args, data, ranks)
+    if args.resume:
+        resume(run, checkpoint, config)
+    else:
+        start(run)
+        if ranks.rank == 0:
+            with open(os.path.join(args.out, "config.json.tmp"), "w") as file:
+                json.dump(config, file, indent=1)
+            os.replace(file.name, os.path.join(args.out, "config.json"))
+    announce(run, time.time() - begin)
+
+    log = Log(run)
+    train(run, log)
+    save(run)
+    log.close()
+    if run.skipped:
+        ranks.say(f"{run.skipped} rows were skipped, see above and log.jsonl")
+    if run.step < run.total:
+        ranks.say(f"stopped after step {run.step}; go on with: python train.py --resume {args.out}")
+    elif ranks.rank == 0 and isinstance(source, Tones) and args.heldout:
+        ask_heldout(run)
+    ranks.say(f"done in {time.time() - begin:.0f} s")
+    if ranks.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
