@@ -548,10 +548,13 @@ def describe(args, data, ranks):
 # The log
 
 class Clock:
-    """Seconds since it was made, and those spent in its parts: `with clock("data"): ...`"""
+    """Seconds of a step, and of its parts: `with clock("data"): ...`"""
 
     def __init__(self, device):
         self.device = device
+        self.restart()
+
+    def restart(self):
         self.begin = time.time()
         self.parts = Counter()
 
@@ -563,31 +566,27 @@ class Clock:
             torch.cuda.synchronize()
         self.parts[part] += time.time() - begin
 
-    def restart(self):
-        self.begin = time.time()
-        self.parts.clear()
-
 
 class Log:
-    """log.jsonl, the lines on the screen, the bar, and TensorBoard if asked for. Rank 0 writes."""
+    """log.jsonl, its lines on the screen, and TensorBoard if asked for. Rank 0 writes."""
 
     def __init__(self, run):
         self.run = run
-        self.writes = run.ranks.rank == 0
-        self.path = os.path.join(run.args.out, "log.jsonl")
         self.begin = time.time()
         self.begin_step = run.step
+        self.writes = run.ranks.rank == 0
         self.bar = tqdm(total=run.total, initial=run.step, dynamic_ncols=True,
                         disable=not self.writes or not sys.stderr.isatty())
         self.board = None
+        self.path = os.path.join(run.args.out, "log.jsonl")
         if self.writes:
             self.drop_later_steps()
             self.file = open(self.path, "a")
-            if run.args.tensorboard:
-                board = need("torch.utils.tensorboard", "tensorboard")
-                self.board = board.SummaryWriter(run.args.out, purge_step=run.step + 1)
-        name = torch.cuda.get_device_name() if run.ranks.device.type == "cuda" else ""
-        self.peak = next((flops for chip, flops in PEAKS.items() if chip in name), None)
+        if self.writes and run.args.tensorboard:
+            board = need("torch.utils.tensorboard", "tensorboard")
+            self.board = board.SummaryWriter(run.args.out, purge_step=run.step + 1)
+        chip = torch.cuda.get_device_name() if run.ranks.device.type == "cuda" else ""
+        self.peak = next((flops for name, flops in PEAKS.items() if name in chip), None)
 
     def drop_later_steps(self):
         """What was logged after the checkpoint is done, and logged, again; a new run starts empty."""
@@ -600,45 +599,37 @@ class Log:
         os.replace(new.name, self.path)
 
     def write(self, number, lr, losses, norm, n, clock):
-        """One step. losses: {"loss", "ce", terms}, None for what had nothing to say."""
+        """One step of stage `number`. losses: {"loss", "ce", terms}, None for what had no frames."""
         run = self.run
         took = time.time() - clock.begin
-        rates = {"tokens_per_s": n.tokens / took, "audio_s_per_s": n.seconds / took,
+        line = {"step": run.step, "stage": number + 1, "lr": lr, **losses, "grad_norm": norm}
+        line |= {"tokens_per_s": n.tokens / took, "audio_s_per_s": n.seconds / took,
                  "padding": 1 - n.tokens / n.slots, "data_wait": clock.parts["data"] / took,
                  "teachers": clock.parts["teachers"] / took, "skipped": run.skipped,
                  "mfu": None, "gib": None}
         if self.peak:
             # Forward, and backward to the activations but not to the frozen weights: 4 FLOPs each.
             flops = 4 * run.coat.decoder_weights * n.tokens
-            rates["mfu"] = flops / took / (self.peak * run.ranks.world)
+            line["mfu"] = flops / took / (self.peak * run.ranks.world)
         if run.ranks.device.type == "cuda":
-            rates["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        line = {"step": run.step, "stage": number + 1, "lr": lr} | losses | {"grad_norm": norm} | rates
-        self.bar.update()
+            line["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
         if self.writes:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-            self.say(line)
+            self.show(line)
         if self.board:
             for key, value in line.items():
                 if value is not None and key != "step":
                     self.board.add_scalar(key, value, run.step)
 
-    def say(self, line):
+    def show(self, line):
         run = self.run
-        mean = (time.time() - self.begin) / (run.step - self.begin_step)
-        cells = [f"step {run.step}/{run.total} stage {line['stage']} lr {line['lr']:.1e}"]
-        for name in ["loss", "ce", *run.stages[line["stage"] - 1].weights]:
-            cells.append(f"{name} -" if line[name] is None else f"{name} {line[name]:.3f}")
-        cells.append(f"norm {line['grad_norm']:.2f} | {line['tokens_per_s']:.0f} tok/s, "
-                     f"{line['audio_s_per_s']:.1f} audio s/s, padding {line['padding']:.0%}, data wait "
-                     f"{line['data_wait']:.0%}, teachers {line['teachers']:.0%},")
-        if line["mfu"] is not None:
-            cells.append(f"MFU {line['mfu']:.0%} of {self.peak / 1e12:.0f} TFLOP/s,")
-        if line["gib"] is not None:
-            cells.append(f"{line['gib']:.1f} GiB,")
-        cells.append(f"eta {mean * (run.total - run.step):.0f} s")
-        run.ranks.say(" ".join(cells))
+        seconds_a_step = (time.time() - self.begin) / (run.step - self.begin_step)
+        cells = [f"{key} {value:.3g}" for key, value in line.items()
+                 if value is not None and key not in ("step", "skipped")]
+        eta = f"eta {seconds_a_step * (run.total - run.step):.0f} s"
+        self.run.ranks.say(" ".join([f"step {run.step}/{run.total}", *cells, eta]))
+        self.bar.update()
 
     def close(self):
         self.bar.close()
@@ -684,8 +675,8 @@ def train(run, log):
         first = run.step - sum(before.steps for before in run.stages[:number])
         if first >= stage.steps:
             continue
-        student = distribute(Student(run.coat, run.heads, stage.tasks), world)
         teachers = {task: run.experts[task] for task in stage.tasks if task != "recon"}
+        student = distribute(run, Student(run.coat, run.heads, stage.tasks), teachers)
         for i, batches in step_batches(run, number, first, clock):
             n = count_over_ranks(run, batches)
             if n.stop:
@@ -705,18 +696,28 @@ def train(run, log):
                 sums.update({name: value.detach() for name, value in (losses | {"loss": total}).items()})
             lr = learning_rate(stage, i, run.args.warmup)
             losses, norm = finish_step(run, sums, lr, batches)
-            log.write(number, lr, losses if n.frames else only_text(losses), norm, n, clock)
+            if not n.frames:    # rows of text alone say nothing about the experts
+                losses |= dict.fromkeys(stage.weights)
+            log.write(number, lr, losses, norm, n, clock)
             clock.restart()
             if run.step % run.args.save_every == 0 and run.step < run.total:
                 save(run)
 
 
-def distribute(student, world):
-    """Gradients are exchanged while the backward pass goes on; frozen weights are not sent at all."""
-    if world == 1:
+def distribute(run, student, teachers):
+    """DDP exchanges gradients while the backward pass goes on; frozen weights are not sent at all."""
+    if run.ranks.world == 1:
         return student
-    return DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
-                                   gradient_as_bucket_view=True)
+    student = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
+                                      gradient_as_bucket_view=True)
+    # Its first backward pass decides the order of its buckets, and the order of a sum shows in its
+    # last bit. After an idle pass, a resumed run sums as an uninterrupted one does.
+    batch = to_device(idle_batch(run, []), run.ranks.device)
+    with run.autocast():
+        losses = student(batch, teacher_targets(teachers, batch))
+    sum(losses.values()).backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    return student
 
 
 def syncing(student, last):
@@ -779,11 +780,6 @@ def finish_step(run, sums, lr, batches):
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     return losses, norm
-
-
-def only_text(losses):
-    """Rows of text alone say nothing about the experts."""
-    return {name: value if name in ("loss", "ce") else None for name, value in losses.items()}
 
 
 # --------------------------------------------------------------------------------------------------
