@@ -177,3 +177,8 @@ class ExpertHeads(nn.ModuleDict):
         out = self[task].out
         nn.init.zeros_(out.weight)
         out.bias.copy_(z.mean(0))
+
+    def tensors_of(self, task):
+        """Names in the state dict that belong to a task: its head, and the scales of its terms."""
+        scales = [f"{term}_scale" for term in terms(task)]
+        return [name for name in self.state_dict() if name in scales or name.split(".")[0] == task]

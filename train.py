@@ -51,7 +51,9 @@ DEFAULTS = {"tiny": dict(
     stage=["100:recon=0.3", "260:recon=0.3,pitch=0.3"], batch=8, lr=2e-3, calibrate=32, threads=1,
     workers=1)}
 # What may differ in a resumed run: the steps stay the same.
-FREE_FLAGS = ("resume", "out", "save_every", "keep", "workers", "device", "heldout", "tensorboard")
+FREE_FLAGS = {"resume", "out", "save_every", "keep", "workers", "device", "heldout", "tensorboard"}
+# What the adapter and the heads of a run fit.
+MODEL_FLAGS = ("backbone", "head", "head_width")
 # Dense bf16 peaks by the vendor's datasheets, FLOP/s, for the log's MFU.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
@@ -124,7 +126,7 @@ def read_config(run, flag):
 
 
 def read_flags():
-    """The flags. One that is not given comes from the run to resume, else from the one to start from,
+    """The flags. One that is not given comes from the run to resume, else from the run to start from,
     else from DEFAULTS of the backbone, else from the parser. Raises InputError."""
     parser = build_parser()
     given = parser.parse_args()
@@ -132,30 +134,27 @@ def read_flags():
         raise InputError(f"--backbone {given.backbone}: there are {', '.join(BACKBONES)}")
     if given.resume:
         saved = read_config(given.resume, "--resume")["flags"]
+        fixed = set(saved) - FREE_FLAGS
+    elif given.init_from:
+        run = os.path.dirname(os.path.abspath(latest_checkpoint(given.init_from)))
+        flags = read_config(run, "--init-from")["flags"]
+        saved = {name: flags[name] for name in (*MODEL_FLAGS, "model_path")}
+        fixed = MODEL_FLAGS
     else:
-        saved = inherited_flags(parser, given.init_from)
-        saved = DEFAULTS.get(saved.get("backbone", given.backbone), {}) | saved
+        saved = {}
+        fixed = ()
+    backbone = saved.get("backbone", given.backbone)
+    saved = DEFAULTS.get(backbone, {}) | saved
     parser.set_defaults(**saved | {"stage": None})    # a default list would be appended to
     args = parser.parse_args()
     args.stage = args.stage or saved.get("stage") or ["100000:recon", "100000:all"]
-    if args.resume:
-        changed = [f"--{name.replace('_', '-')} (was {saved[name]}, now {value})"
-                   for name, value in vars(args).items()
-                   if name not in FREE_FLAGS and value != saved[name]]
-        if changed:
-            raise InputError(f"a resumed run keeps its flags; leave out {', '.join(changed)}, or "
-                             "start a new run")
-        args.out = args.resume
+    changed = [f"--{name.replace('_', '-')} (was {saved[name]}, now {getattr(args, name)})"
+               for name in sorted(fixed) if getattr(args, name) != saved[name]]
+    if changed:
+        raise InputError(f"'{given.resume or given.init_from}' was trained with other flags; leave out "
+                         f"{', '.join(changed)}, or start a new run")
+    args.out = args.resume or args.out
     return args
-
-
-def inherited_flags(parser, init_from):
-    """{flag: value} that say what the adapter and the heads of an earlier run fit."""
-    if not init_from:
-        return {}
-    run = os.path.dirname(os.path.abspath(latest_checkpoint(init_from)))
-    flags = read_config(run, "--init-from")["flags"]
-    return {name: flags[name] for name in ("backbone", "model_path", "head", "head_width")}
 
 
 class Stage(NamedTuple):
@@ -419,8 +418,7 @@ def calibrate(run, tasks):
             heard = {"recon": run.coat(batch).audio_embeds}
         heard |= teacher_targets(run.experts, batch)
         for task in tasks:
-            for z, n in zip(heard[task], batch["n_audio"].tolist()):
-                clips[task].append(z[:n])
+            clips[task] += [z[:n] for z, n in zip(heard[task], batch["n_audio"].tolist()) if n]
     for task, found in clips.items():
         if found:
             run.heads.calibrate(task, found)
@@ -456,9 +454,9 @@ def load_heads(heads, checkpoint):
     try:
         weights = safetensors.torch.load_file(path)
         known = [task for task in heads if f"{task}.out.weight" in weights]
-        of_known = {name for name in heads.state_dict()
-                    if name.split(".")[0].split("_")[0] in known}
-        heads.load_state_dict({name: weights[name] for name in of_known}, strict=False)
+        for task in known:
+            found = {name: weights[name] for name in heads.tensors_of(task)}
+            heads.load_state_dict(found, strict=False)
     except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as e:
         raise InputError(f"--init-from: '{path}' cannot be read or has heads of another size "
                          f"({str(e).splitlines()[0]}); give its --head and --head-width") from e
