@@ -316,7 +316,7 @@ def build_models(args, tasks, device, adapter):
             experts[task] = load(task, getattr(args, f"teacher_{task}"), device, args.random_teachers)
     d = coat.hf.config.get_text_config().hidden_size
     dims = {task: experts[task].dim if task in experts else d for task in tasks}
-    readouts = {task: getattr(expert, "readout", None) for task, expert in experts.items()}
+    readouts = {task: expert.readout for task, expert in experts.items()}
     heads = ExpertHeads(d, dims, readouts, args.head, args.head_width).to(device)
     if args.checkpointing:
         coat.checkpoint_activations()
