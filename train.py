@@ -83,6 +83,7 @@ def build_parser():
     add("--no-think", action="store_true", help="no thinking block, so no experts: plain fine-tuning, "
         "the first row of table 4")
     add("--w-pitch-aux", type=float, default=1.0, help="of the focal-BCE inside L_pitch (3.3.2)")
+    add("--focal-gamma", type=float, default=2.0, help="of that focal-BCE: 0 is plain BCE, else from 1")
     add("--lr", type=float, default=1e-4, help="learning rate of a stage that names none")
     add("--batch", type=at_least(1), default=16, help="rows a step, over all ranks")
     add("--micro-batch", type=at_least(1), help="rows at once on a rank; None: all of its share")
@@ -217,6 +218,8 @@ def prepare(args, world):
     if args.batch % (micro * world):
         raise InputError(f"--batch {args.batch} is not a multiple of {world} ranks times "
                          f"--micro-batch {micro}")
+    if not (args.focal_gamma == 0 or 1 <= args.focal_gamma < math.inf):
+        raise InputError(f"--focal-gamma {args.focal_gamma}: give 0, or a number from 1")
     if args.resume and not checkpoint_steps(args.out):
         raise InputError(f"'{args.out}' holds no checkpoint yet; start anew with --out {args.out} and "
                          "the flags in its config.json")
@@ -342,7 +345,7 @@ def build_models(args, tasks, device, adapter):
     d = coat.hf.config.get_text_config().hidden_size
     dims = {task: experts[task].dim if task in experts else d for task in tasks}
     readouts = {task: getattr(expert, "readout", None) for task, expert in experts.items()}
-    heads = ExpertHeads(d, dims, readouts, args.head, args.head_width).to(device)
+    heads = ExpertHeads(d, dims, readouts, args.head, args.head_width, args.focal_gamma).to(device)
     if args.checkpointing:
         coat.checkpoint_activations()
     if args.compile:
