@@ -751,7 +751,7 @@ def train(run, log):
                     for term, weight in stage.weights.items():
                         total = total + weight * losses[term]
                     (total * world).backward()               # DDP takes the mean over ranks
-                for name, value in (losses | {"loss": total}).items():
+                for name, value in ({"loss": total} | losses).items():
                     sums[name] += value.detach()
             lr = learning_rate(stage, i, run.args.warmup)
             losses, norm = finish_step(run, n, sums, lr, batches)
