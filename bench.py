@@ -2,15 +2,18 @@
 
     python bench.py latency --plot latency.png                         # tiny, on any machine
     python bench.py latency --backbone qwen2-audio --random-weights    # full size, no download
+    python bench.py latency --model runs/tiny --data tones:note:20     # to the end token (table 2)
     python bench.py train       # training steps against the plain way, and each teacher's share
     python bench.py loss        # output head and loss at Qwen2-Audio's vocabulary
     python bench.py scale       # cost against audio length and number of ranks, with exponents
     python bench.py facts       # sizes of the full backbones and heads, without their weights
 
-The audio is noise. What is compared takes turns, after one that is not counted. What the hardware
-could do is measured first, for figures as a share of it. The last line printed is a JSON object.
+The audio is noise, but for --data. What is compared takes turns, after one that is not counted.
+What the hardware could do is measured first, for figures as a share of it. The last line printed is
+a JSON object.
 """
 import argparse
+import contextlib
 import ctypes
 import functools
 import json
@@ -22,19 +25,27 @@ import sys
 import tempfile
 import time
 from statistics import mean, median, pstdev
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import transformers
 
-from data import collate, plan_stage, teacher_targets, to_device
+from data import Rows, collate, open_source, plan_stage, teacher_targets, to_device
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads
-from model import (BACKBONES, SAMPLE_RATE, CoAT, InputError, add_adapters, add_think_tokens,
-                   at_least, build_config, build_inputs, build_processor, check_seconds, load_coat,
-                   need, one_line_errors, usable_device)
+from model import (BACKBONES, MIN_SECONDS, SAMPLE_RATE, CoAT, InputError, TooLong, add_adapters,
+                   add_think_tokens, at_least, build_config, build_inputs, build_processor,
+                   check_seconds, latest_checkpoint, load_coat, load_text_think, need,
+                   one_line_errors, usable_device)
 
-RANGES = ((0.1, 5), (5, 10), (10, 30), (30, 60), (60, 120))    # seconds of audio, table E
+# Seconds of audio. Table E has five ranges from 0 to 120 s; the text that we have of the paper does
+# not give the bounds between them, so these are ours.
+RANGES = ((MIN_SECONDS, 5), (5, 10), (10, 30), (30, 60), (60, 120))
+
+# Flags of latency that only noise has, or only --data, and what they are unless given.
+NOISE_FLAGS = {"seconds": None, "answer_tokens": 20, "cot_tokens": 100, "samples": 1, "batch": 1}
+DATA_FLAGS = {"max_new_tokens": 256, "text_think": None}
 
 
 class Noise:
@@ -66,6 +77,11 @@ def noise_batch(coat, n, seconds, device, **options):
     source = Noise(n, seconds, seconds)
     rows = [source.load(i) for i in range(n)]
     return to_device(collate(rows, coat.spec, **options), device)
+
+
+def mixed_precision(device):
+    """The autocast of train.py's steps."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def read_seconds(text):
@@ -138,12 +154,16 @@ def hardware(device):
     measured here and now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-        a, b = torch.randn(2, 4096, 4096, device=device, dtype=torch.bfloat16)
+        n = 16384    # some 10 ms on an H100, beside which a launch is nothing
+        copied = 2 ** 28
+        dtype = torch.bfloat16
     else:
         name = f"CPU, {torch.get_num_threads()} threads"
-        a, b = torch.randn(2, 1024, 1024)
-    n = len(a)
-    source = torch.ones(n * 2 ** 16, device=device)    # untouched memory would not really be read
+        n = 1024
+        copied = 2 ** 26
+        dtype = torch.float32
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    source = torch.ones(copied, device=device)    # untouched memory would not really be read
     target = torch.empty_like(source)
     product, copy = median_seconds([lambda: a @ b, lambda: target.copy_(source)], device)
 
@@ -185,11 +205,21 @@ def decode_bytes(coat, batch, n_tokens):
     return head.element_size() * numbers
 
 
-def our_answer(coat, batch, n_tokens, device):
-    """(seconds to the first token, seconds for the others, ids (B, n_tokens))"""
+class Arm(NamedTuple):
+    """A way to an answer."""
+    coat: CoAT
+    answer: Callable     # our_answer or their_answer
+    think: bool          # whether the prompt has the block
+    n_tokens: int        # to decode
+    stop: bool = False   # after the end token; n_tokens is then the most
+    suffix: str = ""     # of the question, which asks to think in text
+
+
+def our_answer(arm, batch, device):
+    """(seconds to the first token, seconds for the others, ids (B, decoded))"""
     ids = []
     begin = now(device)
-    for token in coat.stream(batch, n_tokens, stop=False):
+    for token in arm.coat.stream(batch, arm.n_tokens, arm.stop):
         ids.append(token)
         if len(ids) == 1:
             first = now(device)
@@ -197,8 +227,9 @@ def our_answer(coat, batch, n_tokens, device):
     return first - begin, end - first, torch.stack(ids, 1)
 
 
-def their_answer(coat, batch, n_tokens, device):
-    """The same with the generate() of transformers."""
+def their_answer(arm, batch, device):
+    """The same with the generate() of transformers, as greedy as ours: the settings that come with
+    a backbone may have a penalty on repetition and other end tokens."""
     first = []
 
     def clock(ids, scores):
@@ -206,60 +237,145 @@ def their_answer(coat, batch, n_tokens, device):
             first.append(now(device))
         return scores
 
+    coat = arm.coat
     begin = now(device)
     ids = coat.hf.generate(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-        **coat.audio_inputs(batch), do_sample=False, max_new_tokens=n_tokens,
-        min_new_tokens=n_tokens, suppress_tokens=coat.think_ids,
+        **coat.audio_inputs(batch), do_sample=False, repetition_penalty=1.0,
+        max_new_tokens=arm.n_tokens, min_new_tokens=0 if arm.stop else arm.n_tokens,
+        suppress_tokens=coat.think_ids, eos_token_id=coat.eos_ids,
+        pad_token_id=coat.processor.tokenizer.pad_token_id,
         logits_processor=transformers.LogitsProcessorList([clock]))
     end = now(device)
     return first[0] - begin, end - first[0], ids[:, batch["input_ids"].shape[1]:]
 
 
+@contextlib.contextmanager
+def tower_clock(coat, device):
+    """A list of the seconds that the audio tower and its projector took, as they come.
+
+    To wait for the GPU there costs next to nothing: the backbones do, to count audio tokens."""
+    began = {}
+    took = []
+
+    def start(module, inputs):
+        began[module] = now(device)
+
+    def stop(module, inputs, output):
+        took.append(now(device) - began[module])
+
+    hooks = []
+    for name in ("audio_tower", "multi_modal_projector"):    # Omni's projector is in its tower
+        module = getattr(coat.hf.model, name, None)
+        if module is not None:
+            hooks.append(module.register_forward_pre_hook(start))
+            hooks.append(module.register_forward_hook(stop))
+    try:
+        yield took
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def same_until_eos(eos, ours, theirs):
-    """Whether ids (B, n_tokens) agree up to the eos; ours goes on after it, theirs may not end."""
+    """Whether ids (B, decoded) agree up to the eos. Without a stop ours goes on after it, theirs
+    may not end."""
+    if ours.shape != theirs.shape:
+        return False
     alive = torch.isin(ours, eos).cumsum(1) == 0
     return torch.equal(ours[alive], theirs[alive])
 
 
-def measure_answer(coat, arm, seconds, args, machine):
-    """One answer to `--batch` clips: tokens (prompt, block, decoded), ms (first, decoding, total),
-    shares of what the hardware could do (prefill_at, decoding_at), and the ids."""
-    answer, think, n = arm
-    batch = noise_batch(coat, args.batch, seconds, args.device, think=think, responses=False)
-    first, rest, ids = answer(coat, batch, n, args.device)
+def measure_answer(arm, rows, args, machine):
+    """One answer to the loaded rows: tokens (prompt, block, decoded), ms (first: tower + prefill,
+    decoding, total), shares of what the hardware could do (prefill_at, decoding_at) and of the rows
+    with an end token (ended), seconds of audio, and the ids. The clock starts when the batch is on
+    the device: reading files and log-mel features are not in it."""
+    coat = arm.coat
+    rows = [row | {"prompt": row["prompt"] + arm.suffix} for row in rows]
+    batch = collate(rows, coat.spec, think=arm.think, responses=False)
+    batch = to_device(batch, args.device)
+    with tower_clock(coat, args.device) as tower:
+        first, rest, ids = arm.answer(arm, batch, args.device)
+    n = ids.shape[1]
+    ended = torch.isin(ids, torch.tensor(coat.eos_ids, device=args.device)).any(1)
     return {
         "prompt": batch["input_ids"].shape[1],
-        "block": int(batch["n_audio"][0]) + 2 if think else 0,
-        "decoded": ids.shape[1],
+        "block": int(batch["n_audio"][0]) + 2 if arm.think else 0,
+        "decoded": n,
+        "tower": 1e3 * sum(tower),
+        "prefill": 1e3 * (first - sum(tower)),
         "first": 1e3 * first,
         "decoding": 1e3 * rest,
         "total": 1e3 * (first + rest),
         "prefill_at": prefill_flops(coat, batch) / machine["flops"] / first,
         "decoding_at": decode_bytes(coat, batch, n) / machine["bandwidth"] * (n - 1) / rest,
+        "ended": ended.float().mean().item(),
+        "seconds": batch["seconds"] / len(rows),
         "ids": ids}
 
 
-def measure_arms(coat, arms, low, high, args, machine):
-    """{arm: [its answers]} on clips of low to high seconds, `--samples` for each seed; the arms
-    take turns on each."""
+def measure_arms(arms, clips, args, machine):
+    """{arm: [its answers]}. The arms take turns on each of the clips, which are (seed, rows); those
+    of seed -1 warm up."""
     answers = {name: [] for name in arms}
-    for seed in range(-1, args.seeds):    # seed -1 warms up
+    for seed, rows in clips:
+        for name, arm in arms.items():
+            answer = measure_answer(arm, rows, args, machine)
+            if seed >= 0:
+                answers[name].append(answer | {"seed": seed})
+    return answers
+
+
+def noise_clips(low, high, args):
+    """Yields (seed, rows): `--samples` times for each seed, `--batch` clips of one length."""
+    for seed in range(-1, args.seeds):
         draw = random.Random(seed)
         for _ in range(args.samples if seed >= 0 else 1):
             seconds = draw.uniform(low, high)
-            for name, arm in arms.items():
-                answer = measure_answer(coat, arm, seconds, args, machine)
-                if seed >= 0:
-                    answers[name].append(answer | {"seed": seed, "seconds": seconds})
-    return answers
+            source = Noise(args.batch, seconds, seconds)
+            yield seed, [source.load(i) for i in range(args.batch)]
+
+
+def data_clips(source, usable, args):
+    """Yields (seed, [row]) of the usable rows, once for each seed. The longest warms up, so that
+    what does not fit in memory fails at once."""
+    longest = max(usable, key=lambda i: source.lengths[i])
+    yield -1, [source.load(longest)]
+    for seed in range(args.seeds):
+        for i in usable:
+            yield seed, [source.load(i)]
+
+
+def usable_clips(source, coat):
+    """([numbers of the rows that can be asked], {why: how many others}); says what is wrong with
+    those that have a fault. Raises InputError if none can be."""
+    left_out = {"too long": 0, "unreadable": 0, "without audio": 0}
+    known = dict(source.skipped)
+    usable = []
+    for i in range(len(source)):
+        row = known.get(i) or Rows(source)[i]
+        batch = collate([row], coat.spec, responses=False)
+        if batch["skipped"]:
+            error, = batch["skipped"]
+            print(f"left out, row {i}: {error}")
+            left_out["too long" if isinstance(error, TooLong) else "unreadable"] += 1
+        elif "wave" not in row:
+            left_out["without audio"] += 1
+        else:
+            usable.append(i)
+    why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    if not usable:
+        raise InputError(f"--data: no row is left to ask ({why}); give rows with audio")
+    print(f"{len(usable)} rows; left out: {why}")
+    return usable, left_out
 
 
 def summarise(answers, seeds):
     """Each figure's median of the clips, and mean and deviation of the seeds' means."""
     row = {}
-    for key in ("prompt", "block", "decoded", "first", "decoding", "total", "prefill_at",
-                "decoding_at"):
+    for key in ("prompt", "block", "decoded", "tower", "prefill", "first", "decoding", "total",
+                "prefill_at", "decoding_at", "ended"):
         of_seeds = []
         for seed in range(seeds):
             of_seeds.append(mean(a[key] for a in answers if a["seed"] == seed))
@@ -276,70 +392,175 @@ def compare_arms(answers, eos):
         return median(a[key] / b[key] for a, b in pairs)
 
     both = list(zip(answers["CoAT"], answers["generate"]))
+    speeds = []
+    for a, b in both:
+        if a["decoded"] > 1 and b["decoded"] > 1:    # else there is no step
+            steps = (a["decoded"] - 1) / (b["decoded"] - 1)
+            speeds.append(steps * b["decoding"] / a["decoding"])
     return {
         "prompt": ratio("prompt", "CoAT", "base"),
         "first": ratio("first", "CoAT", "base"),
         "total": ratio("total", "CoAT", "text-CoT"),
         "first_generate": ratio("first", "CoAT", "generate"),
-        "speed_generate": ratio("decoding", "generate", "CoAT"),
+        "speed_generate": median(speeds) if speeds else math.nan,
         "clips": len(both),
         "same_ids": sum(same_until_eos(eos, a["ids"], b["ids"]) for a, b in both)}
 
 
-LATENCY_HEAD = """\
-{backbone}, batch {batch}: answers of {answer_tokens} tokens, text-CoT after {cot_tokens} of \
-reasoning; generate is that of transformers.
-Milliseconds: mean (deviation) of {seeds} seeds, median of the clips; at: share of what the \
-hardware could do.
+def settle_flags(args):
+    """Fills in what was not given. Raises InputError on a flag that would not be read."""
+    refused, mode = (NOISE_FLAGS, "with") if args.data else (DATA_FLAGS, "without")
+    for name in refused:
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} has no meaning {mode} --data; drop it")
+    for name, value in (NOISE_FLAGS | DATA_FLAGS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.random_weights and (args.model or args.text_think):
+        raise InputError("--model and --text-think bring weights; drop --random-weights")
 
-   audio arm      prompt block decoded            first token    at               decoding    at\
-                  total"""
+
+def load_arms(args):
+    """{name: Arm}. Two or three of them may share a model."""
+    if args.model:
+        ours = load_coat(adapter=latest_checkpoint(args.model), model_path=args.model_path,
+                         device=args.device).merge()
+        plain = load_coat(ours.name, model_path=ours.model_path, device=args.device)
+    else:
+        ours = plain = load_student(args, trainable=False)
+    text = plain
+    if args.text_think:
+        text = load_text_think(ours.name, args.text_think, ours.model_path, args.device)
+    if args.compile:
+        for coat in {ours, plain, text}:
+            coat.compile_decode()
+
+    if args.data:
+        suffix = text.backbone.text_think
+        short = long = args.max_new_tokens
+    else:
+        suffix = ""
+        short = args.answer_tokens
+        long = args.cot_tokens + short
+    stop = bool(args.data)
+    return {
+        "base": Arm(plain, our_answer, False, short, stop),
+        "CoAT": Arm(ours, our_answer, True, short, stop),
+        "text-CoT": Arm(text, our_answer, False, long, stop, suffix),
+        "generate": Arm(ours, their_answer, True, short, stop)}
+
+
+def print_weights(arms, args):
+    """Says which arms' answers mean nothing, so that only their times count; -> {arm: weights}"""
+    weights = {}
+    timed = []
+    for name, arm in arms.items():
+        coat = arm.coat
+        if coat.think or (args.model and arm.think):
+            weights[name] = "trained"
+        elif args.random_weights or not (coat.model_path or coat.backbone.hub_id):
+            weights[name] = "random"
+        elif arm.suffix and coat is not arms["base"].coat:
+            weights[name] = "its authors' adapter"
+        else:
+            weights[name] = "released"
+        if weights[name] == "random" or coat.think != arm.think:
+            timed.append(name)
+    print("Weights: " + ", ".join(f"{name} {kind}" for name, kind in weights.items()) + ".")
+    if timed:
+        print(f"Of {', '.join(timed)} only the times mean something, not what is said or when it "
+              "ends: their weights are random,\nor their training had the block where the prompt "
+              "has none, or the reverse.")
+    return weights
+
+
+NOISE_HEAD = """\
+{backbone}, batch {batch}: answers of {answer_tokens} tokens, text-CoT after {cot_tokens} of \
+reasoning."""
+RANGES_NOTE = """\
+Ranges: 0 to 120 s in five, as in table E; the bounds between them are ours (our text of the paper \
+has none)."""
+DATA_HEAD = """\
+{backbone}, rows of {data} one by one: answers to the end token, which counts, or \
+{max_new_tokens} tokens."""
+LATENCY_HEAD = """\
+generate is that of transformers. Milliseconds: mean (deviation) of {seeds} seeds or runs, median \
+of the clips. First
+token = audio tower with projector + decoder's prefill; they and counts: mean. at: share of what \
+the hardware could do.
+
+    audio arm      prompt block decoded            first token   tower prefill    at\
+               decoding    at                  total"""
 LATENCY_ROW = (
-    "{audio:>8} {arm:8}{prompt:7.0f}{block:6.0f}{decoded:8.0f}"
-    "{first_mean:8.1f} ({first_sd:5.1f}){first:7.1f}{prefill_at:6.0%}"
+    "{audio:>9} {arm:8}{prompt_mean:7.0f}{block_mean:6.0f}{decoded_mean:8.1f}"
+    "{first_mean:8.1f} ({first_sd:5.1f}){first:7.1f}{tower_mean:8.1f}{prefill_mean:8.1f}"
+    "{prefill_at:6.0%}"
     "{decoding_mean:8.1f} ({decoding_sd:5.1f}){decoding:7.1f}{decoding_at:6.0%}"
     "{total_mean:8.1f} ({total_sd:5.1f}){total:7.1f}")
 LATENCY_RATIOS = """\
-         CoAT / base: prompt {prompt:.2f}, first token {first:.2f}; / text-CoT: total {total:.2f};
-         / generate: first token {first_generate:.2f}, tokens/s {speed_generate:.2f}, same ids \
+          CoAT / base: prompt {prompt:.2f}, first token {first:.2f}; / text-CoT: total {total:.2f};
+          / generate: first token {first_generate:.2f}, tokens/s {speed_generate:.2f}, same ids \
 {same_ids} of {clips}
 """
 
 
+def plan_clips(coat, args):
+    """([(label, clips of measure_arms)], what else to report); prints what there is to know."""
+    flags = vars(args) | {"backbone": coat.name}
+    if args.data:
+        source = open_source(args.data)
+        print(DATA_HEAD.format(**flags))
+        usable, left_out = usable_clips(source, coat)
+        clips = data_clips(source, usable, args)
+        return [(f"{len(usable)} rows", clips)], {"data": args.data, "left_out": left_out}
+
+    print(NOISE_HEAD.format(**flags))
+    plan = []
+    if args.seconds:
+        for s in read_seconds(args.seconds):
+            plan.append((f"{s:.3g} s", noise_clips(s, s, args)))
+    else:
+        print(RANGES_NOTE)
+        for low, high in RANGES:
+            plan.append((f"{low:.0f}-{high:.0f} s", noise_clips(low, high, args)))
+    return plan, {}
+
+
+def print_ended(rows):
+    """Where few have ended, the count of decoded tokens is that of the limit."""
+    shares = [f"{row['arm']} {row['ended_mean']:.0%}" for row in rows]
+    print(f"          ended by an end token: {', '.join(shares)}")
+
+
 def latency(args):
     """First token, decoding and total of base, CoAT, text-CoT and transformers' generate."""
-    ranges = [(s, s) for s in read_seconds(args.seconds)] if args.seconds else RANGES
-    coat = load_student(args, trainable=False).merge()
-    if args.compile:
-        coat.compile_decode()
-    eos = coat.processor.tokenizer.convert_tokens_to_ids(list(coat.backbone.eos))
-    eos = torch.tensor(eos, device=args.device)
+    settle_flags(args)
+    arms = load_arms(args)
+    coat = arms["CoAT"].coat
+    eos = torch.tensor(coat.eos_ids, device=args.device)
     machine = hardware(args.device)
-    n = args.answer_tokens
-    arms = {    # what decodes, whether there is a block, tokens to decode
-        "base": (our_answer, False, n),
-        "CoAT": (our_answer, True, n),
-        "text-CoT": (our_answer, False, args.cot_tokens + n),
-        "generate": (their_answer, True, n)}
-
+    plan, more = plan_clips(coat, args)
+    more["weights"] = print_weights(arms, args)
     print(LATENCY_HEAD.format(**vars(args)))
+
     rows, ratios = [], []
     all_answers = {name: [] for name in arms}
-    for low, high in ranges:
-        audio = f"{low:.3g} s" if low == high else f"{low:.0f}-{high:.0f} s"
-        answers = measure_arms(coat, arms, low, high, args, machine)
+    for audio, clips in plan:
+        answers = measure_arms(arms, clips, args, machine)
         for name in arms:
             row = {"audio": audio, "arm": name} | summarise(answers[name], args.seeds)
             print(LATENCY_ROW.format(**row))
             rows.append(row)
             all_answers[name] += answers[name]
+        if args.data:
+            print_ended(rows)
         ratios.append({"audio": audio} | compare_arms(answers, eos))
         print(LATENCY_RATIOS.format(**ratios[-1]))
 
     if args.plot:
-        plot(all_answers, args.plot, f"{args.backbone} on {machine['machine']}")
-    return machine | {"backbone": args.backbone, "batch": args.batch, "rows": rows,
-                      "ratios": ratios}
+        plot(all_answers, args.plot, f"{coat.name} on {machine['machine']}")
+    return machine | more | {"backbone": coat.name, "batch": args.batch, "rows": rows,
+                             "ratios": ratios}
 
 
 def plot(answers, path, title):
@@ -426,8 +647,7 @@ class Trainer:
         self.heads = ExpertHeads(d, dims, readouts, width=args.head_width).to(args.device)
 
         self.optimizer = adamw(self.coat, self.heads)
-        on_gpu = args.device.type == "cuda"
-        self.autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=on_gpu)
+        self.autocast = mixed_precision(args.device)
 
     def tune(self, way, batch):
         """A step without experts."""
@@ -567,8 +787,17 @@ def build_head_only(hidden, device):
     return CoAT(lm, processor, "qwen2-audio", None, think_ids)
 
 
+ROUNDED = """\
+plain: Qwen2-Audio's class in transformers leaves the logits in bf16, which rounds each \
+log-probability to bf16. Ours, and
+transformers' other classes, go to fp32 first. By that the losses differ; in fp32 plain would take \
+more time and memory."""
+
+
 def loss(args):
-    """Output head and loss, there and back, at Qwen2-Audio's vocabulary against the plain way."""
+    """Output head and loss, there and back, at Qwen2-Audio's vocabulary against the plain way.
+
+    On a GPU both run under autocast, as in training, and yet differ: see ROUNDED."""
     coat = build_head_only(args.hidden, args.device)
     answer = "x" * (args.targets - 1)    # a token a letter, and the one that ends it
     shortest = n_slots(build_inputs(coat, [None], [""], [answer]))
@@ -578,14 +807,18 @@ def loss(args):
     batch = to_device(build_inputs(coat, [None], [question], [answer]), args.device)
     machine = hardware(args.device)
 
+    def value_of(way):
+        with mixed_precision(args.device):
+            return way(coat, batch)
+
     work = {}
     for name, way in WAYS.items():
-        work[name] = lambda way=way: way(coat, batch).backward()
+        work[name] = lambda way=way: value_of(way).backward()
     took = median_seconds(work.values(), args.device, args.repeats)
     rows = {}
     for (name, way), s in zip(WAYS.items(), took):
-        value = way(coat, batch).item()
-        rows[name] = {"loss": value, "s": s, "peak_mib": peak_mib(work[name], args.device)}
+        rows[name] = {
+            "loss": value_of(way).item(), "s": s, "peak_mib": peak_mib(work[name], args.device)}
     rows["plain / ours"] = divide(rows["plain"], rows["ours"])
 
     vocabulary = coat.hf.lm_head.out_features
@@ -593,6 +826,8 @@ def loss(args):
           "                   loss  seconds  peak MiB")
     for name, row in rows.items():
         print("{:14}{loss:9.5f}{s:9.3f}{peak_mib:10.1f}".format(name, **row))
+    if args.device.type == "cuda":
+        print(ROUNDED)
     return machine | {"hidden": args.hidden, "rows": rows}
 
 
@@ -754,6 +989,29 @@ def add_command(commands, run, with_model=True):
     return parser.add_argument
 
 
+def add_latency(commands, gpus):
+    add = add_command(commands, latency)
+    number = at_least(1)
+    add("--model", metavar="RUN", help="a run of train.py for CoAT and generate; the others have "
+        "its backbone as released, whatever --backbone says")
+    add("--data", metavar="ROWS", help="rows.jsonl, mixture.json or tones[:KINDS[:ROWS OF EACH]], "
+        "each to the end token; default: noise")
+    add("--max-new-tokens", type=number, help="data: the most that an answer has "
+        f"({DATA_FLAGS['max_new_tokens']}); infer.py score --help has the paper's")
+    add("--text-think", metavar="FOLDER", help="data: Audio Flamingo 3's think folder for "
+        "text-CoT, which else is the backbone asked to think")
+    add("--seconds", help="noise: exact lengths, such as 2.5,20; default: five ranges to 120 s")
+    add("--answer-tokens", type=number, help=f"noise ({NOISE_FLAGS['answer_tokens']})")
+    add("--cot-tokens", type=number, help=f"noise ({NOISE_FLAGS['cot_tokens']})")
+    add("--samples", type=number,
+        help=f"noise: clips of a seed in each range ({NOISE_FLAGS['samples']})")
+    add("--batch", type=number, help=f"noise: clips at once ({NOISE_FLAGS['batch']})")
+    add("--seeds", type=number, default=3, help="of noise, or runs over the data (%(default)s)")
+    add("--compile", default=gpus > 0, action=argparse.BooleanOptionalAction,
+        help="fuse the kernels of a decoding step")
+    add("--plot", metavar="FILE", help="draw latency against the length of the audio")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -761,16 +1019,7 @@ def parse_args():
     number = at_least(1)
     gpus = torch.cuda.device_count()
 
-    add = add_command(commands, latency)
-    add("--seconds", help="exact audio lengths, such as 2.5,20; default: the ranges of table E")
-    add("--answer-tokens", type=number, default=20)
-    add("--cot-tokens", type=number, default=100)
-    add("--seeds", type=number, default=3)
-    add("--samples", type=number, default=1, help="clips of a seed in each range")
-    add("--batch", type=number, default=1)
-    add("--compile", default=gpus > 0, action=argparse.BooleanOptionalAction,
-        help="fuse the kernels of a decoding step")
-    add("--plot", metavar="FILE", help="draw latency against the length of the audio")
+    add_latency(commands, gpus)
 
     add = add_command(commands, train)
     add("--batch", type=number, default=8, help="rows of a step")
