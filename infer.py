@@ -1,15 +1,18 @@
-"""Uses a trained model.
+"""Uses a trained model, or a backbone as it is.
 
     python infer.py ask runs/tiny assets/clips/guitar_chord.flac --question "Which note?"
     python infer.py ask runs/tiny assets/clips/*.flac --question "Which sound?" --json --no-think
-    python infer.py score runs/tiny tones --out predictions.jsonl    # again: goes on if it stopped
-    python infer.py show runs/tiny assets/clips/guitar_chord.flac --out heads.png
-    python infer.py probe tiny runs/tiny --data tones:note:200 --plot probe.png
+    python infer.py score runs/tiny tones --out coat.jsonl     # tables 1, 4 and 5; again: goes on
+    python infer.py score tiny tones --out base.jsonl          # their baseline
+    python infer.py score tiny tones --text-think --out cot.jsonl            # tables 2 and F
+    python infer.py probe tiny runs/tiny --data tones:note:200 --plot probe.png    # table 3
+    python infer.py show runs/tiny assets/clips/guitar_chord.flac --out heads.png  # figure 4
     python infer.py merge runs/tiny merged
 
 A model is a run or checkpoint folder of train.py, a folder that `merge` wrote, or the name of a
-backbone as it is before training. Rows are a manifest, see data.py, or held-out synthetic tones:
-tones[:KINDS[:ROWS OF EACH]].
+backbone as it is before training. The thinking block is placed for a model that was trained with
+it, for no other. Rows are a manifest, see data.py, or held-out synthetic tones:
+tones[:KINDS[:ROWS OF EACH]]. The times of table 2 are those of bench.py latency.
 """
 import argparse
 import csv
@@ -36,7 +39,7 @@ from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads
 from model import (BACKBONES, MAX_SECONDS, SAMPLE_RATE, InputError, TooLong, at_least, build_inputs,
                    checkpoint_steps, latest_checkpoint, load_coat, load_text_think, need,
-                   one_line_errors, pad_rows, usable_device)
+                   one_line_errors, pad_rows, read_coat_json, usable_device)
 
 # Tasks whose answers a judge rates (appendix B); no comparison of strings could.
 JUDGED = ("caption", "music", "spoken_instruction", "text")
@@ -73,6 +76,32 @@ Explanation: (Provide a concise explanation of your rating, comparing the refere
 the model's response. "The reference answer is [XXX], while the model's answer is [YYY]. I think \
 ...")
 Rating: (int)"""
+# For --judge-choices. Ours: the paper says "GPT-eval" (appendix C) and gives no prompt for it.
+CHOICE_PROMPT = """[Question]
+{question}
+
+[Choices]
+{choices}
+
+[Reference Choice]
+{ground_truth}
+
+[Model Answer]
+{model_response}
+
+[Task]
+Does the model's answer, in the end, name the reference choice and no other? A letter names the \
+choice that it marks. Reply with one word: yes or no."""
+
+# What `show` draws of a task, as figure 4 of the paper or not.
+DRAWN = {
+    "recon": "features of the audio tower (no codec decoder here, the paper decodes Sim-Whisper)",
+    "speech": "features",
+    "sound": "the ten events that the teacher hears most, probabilities",
+    "affect": "features (the paper draws what an emotion head makes of them)",
+    "pitch": "the contour, the strongest third of each semitone",
+}
+CONTOUR_ON = 0.3    # a pitch is there: the frame threshold of basic-pitch
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,6 +112,24 @@ def model_folder(name):
     if os.path.isfile(os.path.join(name, "coat.json")):
         return name
     return latest_checkpoint(name)
+
+
+def known_of(name, model_path=None):
+    """coat.json of a model: {"backbone", "think": whether it was trained with the block, ..}.
+
+    Raises InputError."""
+    if name not in BACKBONES:
+        return read_coat_json(model_folder(name))
+    if model_path and os.path.isfile(os.path.join(model_path, "coat.json")):
+        return read_coat_json(model_path)
+    return {"backbone": name, "think": False}
+
+
+def device_of(args, *names):
+    """The torch.device that --device, or else these models, ask for. Raises InputError."""
+    for name in names or [args.model]:
+        device = usable_device(args.device, known_of(name, args.model_path)["backbone"])
+    return device
 
 
 def load_model(name, device, model_path=None, text_think=None):
@@ -96,19 +143,41 @@ def load_model(name, device, model_path=None, text_think=None):
     folder = model_folder(name)
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):
         return load_coat(adapter=folder, model_path=model_path, device=device).merge()
-    with open(os.path.join(folder, "coat.json")) as file:
-        backbone = json.load(file)["backbone"]
-    return load_coat(backbone, model_path=folder, device=device)
+    return load_coat(read_coat_json(folder)["backbone"], model_path=folder, device=device)
 
 
-def batches(coat, source, rows, args, skipped, think=True):
+def check_text_think(args):
+    """Raises InputError if --text-think cannot go with the rest."""
+    if args.text_think and args.model not in BACKBONES:
+        raise InputError(
+            "--text-think FOLDER goes with the name of a backbone, not with a run of ours")
+    if args.text_think is not None and args.no_think:    # "": without a folder
+        raise InputError("--text-think leaves the thinking block out already; drop --no-think")
+
+
+def places_block(args, trained_with_it):
+    """Whether prompts get the thinking block."""
+    return trained_with_it and not args.no_think and args.text_think is None
+
+
+def prepare(rows, spec, think, text_think):
+    """collate, without the responses. text_think: asks for reasoning in text after each prompt,
+    which stays as it was under "question"."""
+    for row in rows:
+        if text_think and not isinstance(row, InputError):
+            row.setdefault("question", row["prompt"])
+            row["prompt"] += spec.backbone.text_think
+    return collate(rows, spec, think=think, responses=False)
+
+
+def batches(coat, source, rows, args, skipped, think, text_think=False):
     """Batches of these rows without their responses, the longest first: what does not fit in memory
     fails at once. A row that turns out to be unreadable is named and added to `skipped`."""
     rows = sorted(rows, key=lambda i: -source.lengths[i])
     order = [rows[i:i + args.batch] for i in range(0, len(rows), args.batch)]
-    prepare = functools.partial(collate, spec=coat.spec, think=think, responses=False)
+    ready = functools.partial(prepare, spec=coat.spec, think=think, text_think=text_think)
     loader = torch.utils.data.DataLoader(
-        Rows(source), batch_sampler=order, num_workers=args.workers, collate_fn=prepare)
+        Rows(source), batch_sampler=order, num_workers=args.workers, collate_fn=ready)
     for batch in loader:
         for reason in batch["skipped"]:
             print(f"skipped: {reason}")
@@ -122,22 +191,16 @@ def batches(coat, source, rows, args, skipped, think=True):
 
 def ask(args):
     """One question about one or several clips; the answer is printed as it comes."""
-    think_in_text = args.text_think is not None    # "": without a folder
-    if args.text_think and args.model not in BACKBONES:
-        raise InputError(
-            "--text-think FOLDER goes with the name of a backbone, not with a run of ours")
-    if think_in_text and args.no_think:
-        raise InputError("--text-think leaves the thinking block out already; drop --no-think")
-
-    device = usable_device(args.device)
+    check_text_think(args)
     waves = [at_rate(*read_audio(path, args.start, args.end), SAMPLE_RATE) for path in args.clips]
+    device = device_of(args)
     coat = load_model(args.model, device, args.model_path, args.text_think)
     if args.compile:
         coat.compile_decode()
     question = args.question
-    if think_in_text:
+    if args.text_think is not None:
         question += coat.backbone.text_think
-    think = not (args.no_think or think_in_text)
+    think = places_block(args, coat.think)
 
     for path, wave in zip(args.clips, waves):
         batch = to_device(build_inputs(coat, [wave], [question], think=think), device)
@@ -206,6 +269,43 @@ def parse_choice(answer, choices):
     return named[0] if len(named) == 1 else None
 
 
+def final_answer(text):
+    """The answer in a text that reasons first: the last <answer>..</answer>; else what follows the
+    last "the answer is" (Audio Flamingo 3 ends so); else what follows </think>; else all of it."""
+    before, _, _ = text.rpartition("</answer>")
+    if "<answer>" in before:
+        return before.rpartition("<answer>")[2].strip()
+    parts = re.split(r"\bthe answer is\b", text, flags=re.I)
+    if len(parts) > 1:
+        return parts[-1].strip(" :\n")
+    return text.rpartition("</think>")[2].strip()
+
+
+def lmms_choice(answer, n):
+    """The rule of lmms-eval 0.7.3 for MMAU, MuchoMusic and AIR-Bench -> the place, below n, of the
+    choice whose letter stands in brackets, else alone, else before a full stop, and of several the
+    one that stands alone last; None where it draws one at random. (For MMAR and MMSU it also takes
+    a letter before a space, and the text of a choice in an answer of more than five words.)"""
+    for mark in ",.!?;:'":
+        answer = answer.strip(mark)
+    answer = f" {answer} "
+    letters = [chr(ord("A") + i) for i in range(n)]
+    for form in ("({})", " {} ", "{}."):
+        found = [letter for letter in letters if form.format(letter) in answer]
+        if found:
+            last = max(found, key=lambda letter: answer.rfind(f" {letter} "))
+            return letters.index(last)
+    return None
+
+
+def lmms_rating(task, reply):
+    """The rule of lmms-eval 0.7.3 for a judge's reply: 0..5 or None. For Alpaca-Audio the first
+    digit in it, whatever it counts; for WavCaps what follows a "Rating:" at its end."""
+    pattern = "([0-5])" if task == "spoken_instruction" else r"Rating:\s*([0-5])\s*$"
+    found = re.search(pattern, reply)
+    return int(found[1]) if found else None
+
+
 def is_right(row, answer):
     if not row.get("choices"):
         return plain(answer) == plain(row["response"])
@@ -261,27 +361,62 @@ def word_error_rate(lines, normalise):
     return summary("WER", counts, f"{len(lines) - len(counts)} empty references left out")
 
 
-def mean_rating(lines, ratings):
+def mean_rating(lines, ratings, lmms_eval=False):
     """The judge's 0..5, brought to 0..100 (appendix B)."""
     asked = [ratings[line["row"]] for line in lines if line["row"] in ratings]
-    good = [(20 * rating, 1) for rating in asked if rating is not None]
-    note = f"{len(asked) - len(good)} unreadable, {len(lines) - len(asked)} not asked for"
-    return summary("rating", good, note)
+    unreadable = asked.count(None)
+    note = f"{unreadable} unreadable, {len(lines) - len(asked)} not asked for"
+    if lmms_eval:
+        asked = [rating or 0 for rating in asked]
+        note += "; read by lmms-eval's rule, unreadable is 0"
+    elif unreadable:
+        note += "; unreadable is left out (lmms-eval: 0)"
+    return summary("rating", [(20 * rating, 1) for rating in asked if rating is not None], note)
 
 
-def choice_measures(lines):
-    """[accuracy, no answer being a wrong one; weighted F1 where all rows have the same choices]"""
+def judged_accuracy(lines, ratings):
+    """The share of answers that name the right choice as the judge reads them."""
+    asked = [ratings[line["row"]] for line in lines if line["row"] in ratings]
+    good = [(named, 1) for named in asked if named is not None]
+    note = (f"{len(asked) - len(good)} unreadable, {len(lines) - len(asked)} not asked for; "
+            "the judge's prompt is ours")
+    return summary("judged accuracy", good, note)
+
+
+def choices_of(lines, lmms_eval=False):
+    """([right choice], [choice in the answer or ""], note) of the rows whose reference is one."""
     truth = []
     said = []
+    unreadable = 0
+    rng = np.random.default_rng(0)
     for line in lines:
-        label = parse_choice(line["response"], line["choices"])
-        if label is not None:
-            truth.append(label)
-            said.append(parse_choice(line["answer"], line["choices"]) or "")
+        choices = line["choices"]
+        label = parse_choice(line["response"], choices)
+        if label is None:
+            continue
+        answer = parse_choice(line["answer"], choices)
+        if lmms_eval:
+            place = lmms_choice(line["answer"], len(choices))
+            answer = None if place is None else choices[place]
+        unreadable += answer is None
+        if answer is None and lmms_eval:
+            answer = choices[rng.integers(len(choices))]
+        truth.append(label)
+        said.append(answer or "")
 
-    note = f"{said.count('')} without an answer"
+    note = f"{unreadable} without an answer"
+    if lmms_eval:
+        note += "; read by lmms-eval's rule, which draws a choice for those (seed 0)"
+    elif unreadable:
+        note += ", so wrong (lmms-eval: a random choice)"
     if len(truth) < len(lines):
         note += f", {len(lines) - len(truth)} references are no choice, left out"
+    return truth, said, note
+
+
+def choice_measures(lines, lmms_eval=False):
+    """[accuracy; weighted F1 where all rows have the same choices]"""
+    truth, said, note = choices_of(lines, lmms_eval)
     right = [(label == answer, 1) for label, answer in zip(truth, said)]
     results = [summary("accuracy", right, note)]
 
@@ -294,11 +429,15 @@ def choice_measures(lines):
     return results
 
 
-def measure(lines, ratings=None, normalise=str):
+def measure(lines, ratings=None, normalise=str, lmms_eval=False):
     """[{task, metric, rows, value, low, high, note}] of answered rows, lines of a predictions file.
 
-    ratings {row: 0..5 or None} of the JUDGED; normalise: text -> text, for the WER"""
+    ratings     {row: what the judge says or None}: of the JUDGED 0..5, of choices whether it is
+                the right one
+    normalise   text -> text, for the WER
+    lmms_eval   its rules where an answer or a rating cannot be read"""
     results = []
+    ratings = ratings or {}
     for task in sorted({line["task"] for line in lines}):
         rows = [line for line in lines if line["task"] == task]
         closed = [line for line in rows if line.get("choices")]
@@ -307,12 +446,14 @@ def measure(lines, ratings=None, normalise=str):
         if task == "asr":
             found = [word_error_rate(rows, normalise)]
         elif free and task in JUDGED:
-            found = [mean_rating(free, ratings or {})]
+            found = [mean_rating(free, ratings, lmms_eval)]
         elif free:
             right = [(is_right(line, line["answer"]), 1) for line in free]
             found = [summary("exact match", right)]
         if closed and task != "asr":
-            found += choice_measures(closed)
+            found += choice_measures(closed, lmms_eval)
+            if any(line["row"] in ratings for line in closed):
+                found.append(judged_accuracy(closed, ratings))
         results += [{"task": task} | result for result in found]
     return results
 
@@ -338,16 +479,19 @@ def normaliser(path=None):
 # score: answers, ratings, report. The first line of --out says what the others belong to.
 
 def run_of(args, source):
-    """What answers belong to: the model, the rows and the flags."""
+    """What answers belong to: the model, the rows and the flags. think: is the block placed?"""
     model = args.model
     saved = False
     if model not in BACKBONES:
         model = os.path.abspath(model_folder(model))
         saved = os.path.getmtime(os.path.join(model, "coat.json"))
     data = os.path.abspath(args.data) if source.files else args.data
+    known = known_of(args.model, args.model_path)
+    folder = args.text_think
     return {
         "model": model, "saved": saved, "data": data, "rows": fingerprint(source),
-        "model_path": args.model_path, "think": not args.no_think,
+        "model_path": args.model_path, "think": places_block(args, known["think"]),
+        "text_think": os.path.abspath(folder) if folder else folder,
         "max_new_tokens": args.max_new_tokens}
 
 
@@ -382,8 +526,12 @@ def score(args):
 
     Rows of task asr: WER; with choices: accuracy, weighted F1; caption, music, spoken_instruction,
     text: rated by a judge, if there is one; others: exact match. A stopped run goes on with the
-    same command."""
-    device = usable_device(args.device)
+    same command. With --text-think the answer in a text is its last <answer>..</answer>, else what
+    follows the last "the answer is", else what follows </think>, else all of it."""
+    check_text_think(args)
+    if args.judge_choices and not args.judge:
+        raise InputError("--judge-choices asks the judge; give --judge URL too")
+    device = device_of(args)
     source = open_source(args.data)
     normalise = normaliser(args.normaliser)
     run = run_of(args, source)
@@ -394,14 +542,14 @@ def score(args):
     with open(args.out, "a", encoding="utf-8") as file:
         if not os.path.getsize(args.out):
             write(file, {"run": run})
-        skipped = answer(args, source, run["model"], device, answers, file)
+        skipped = answer(args, source, run, device, answers, file)
         failed = judge(args, answers, ratings, file)
     report(args, run["model"], answers, ratings, skipped, normalise)
     if failed:
         raise failed
 
 
-def answer(args, source, model, device, answers, file):
+def answer(args, source, run, device, answers, file):
     """Answers the rows that `answers` lacks, adds and writes them -> [why a row is left out].
     Raises InputError if all are."""
     skipped = [reason for _, reason in source.skipped]
@@ -412,16 +560,21 @@ def answer(args, source, model, device, answers, file):
     left = np.setdiff1d(usable_rows(source), list(answers)).tolist()
     if left:
         begin = time.time()
-        coat = load_model(model, device, args.model_path)
+        coat = load_model(run["model"], device, args.model_path, args.text_think)
         if args.compile:
             coat.compile_decode()
-        for batch in batches(coat, source, left, args, skipped, think=not args.no_think):
+        in_text = args.text_think is not None
+        for batch in batches(coat, source, left, args, skipped, run["think"], in_text):
             texts = coat.generate(batch, args.max_new_tokens)
             for row, text in zip(batch["rows"], texts):
-                keys = ("row", "audio", "task", "prompt", "choices", "response")
+                keys = ("row", "audio", "task", "prompt", "question", "choices", "response")
                 line = {key: row[key] for key in keys if key in row}
-                answers[row["row"]] = line | {"answer": text}
-                write(file, answers[row["row"]])
+                if in_text:
+                    line |= {"answer": final_answer(text), "text": text}
+                else:
+                    line["answer"] = text
+                answers[row["row"]] = line
+                write(file, line)
             print(f"{len(answers)} answered, {time.time() - begin:.0f} s")
     if not answers:
         raise InputError(f"none of the {len(source)} rows can be used; the first: {skipped[0]}")
@@ -434,7 +587,10 @@ def judge(args, answers, ratings, file):
         return None
     todo = []
     for i, line in sorted(answers.items()):
-        if line["task"] in JUDGED and not line.get("choices") and i not in ratings:
+        asked = line["task"] in JUDGED
+        if line.get("choices"):
+            asked = args.judge_choices and line["task"] != "asr"
+        if asked and i not in ratings:
             todo.append(line)
 
     failed = None
@@ -456,10 +612,22 @@ def judge(args, answers, ratings, file):
     return failed
 
 
+def judge_prompt(line):
+    """Figure A, or CHOICE_PROMPT where there are choices, about an answered row.
+
+    The question in it is the row's "question", such as the text of a spoken instruction, or else
+    its prompt."""
+    about = {"question": line.get("question") or line["prompt"], "ground_truth": line["response"]}
+    if not line.get("choices"):
+        return JUDGE_PROMPT.format(model_response=line["answer"], **about)
+    choices = "\n".join(f"{chr(ord('A') + i)}. {c}" for i, c in enumerate(line["choices"]))
+    whole = line.get("text", line["answer"])    # what a rule took out of it may be at fault
+    return CHOICE_PROMPT.format(choices=choices, model_response=whole, **about)
+
+
 def rating_of(args, line):
     """Asks the judge -> a line of the predictions file. Tries five times. Raises InputError."""
-    prompt = JUDGE_PROMPT.format(
-        question=line["prompt"], ground_truth=line["response"], model_response=line["answer"])
+    prompt = judge_prompt(line)
     url = args.judge.rstrip("/") + "/chat/completions"
     body = json.dumps({    # as in appendix B
         "model": args.judge_model, "messages": [{"role": "user", "content": prompt}],
@@ -473,7 +641,7 @@ def rating_of(args, line):
         try:
             request = urllib.request.Request(url, body, headers)
             with urllib.request.urlopen(request, timeout=120) as reply:
-                rating = read_reply(json.load(reply))
+                rating = read_reply(json.load(reply), line.get("choices"))
             return {"row": line["row"], "judge": args.judge_model} | rating
         except urllib.error.HTTPError as e:
             why = f"{e.code} {e.reason} {e.read(300).decode(errors='replace')}"
@@ -488,16 +656,27 @@ def rating_of(args, line):
         "OPENAI_API_KEY. What it has rated is kept: go on with the same command")
 
 
-def read_reply(reply):
-    """{rating: 0..5 or None, reply, tokens: [in, out]} of an endpoint's JSON."""
+def read_reply(reply, is_choice):
+    """{rating: 0..5 or None, reply, tokens: [in, out]} of an endpoint's JSON.
+
+    Of a choice the rating is whether the answer names the right one, or None."""
     text = reply["choices"][0]["message"]["content"] or ""
     usage = reply.get("usage") or {}
     tokens = [int(usage.get(kind) or 0) for kind in ("prompt_tokens", "completion_tokens")]
+    read = read_verdict if is_choice else read_rating
+    return {"rating": read(text), "reply": text, "tokens": tokens}
+
+
+def read_verdict(text):
+    found = re.match(r"\W*(yes|no)\b", text, re.I)
+    return found[1].lower() == "yes" if found else None
+
+
+def read_rating(text):
     found = re.findall(r"rating\W*?:\W*(\d+)(?![.,]?\d)", text, re.I)
-    rating = None
     if found and int(found[-1]) <= 5:
-        rating = int(found[-1])
-    return {"rating": rating, "reply": text, "tokens": tokens}
+        return int(found[-1])
+    return None
 
 
 def report(args, model, answers, ratings, skipped, normalise):
@@ -505,9 +684,14 @@ def report(args, model, answers, ratings, skipped, normalise):
     too_long = sum(isinstance(reason, TooLong) for reason in skipped)
     skipped = {f"over {MAX_SECONDS:.0f} s": too_long, "unusable": len(skipped) - too_long}
     lines = [answers[i] for i in sorted(answers)]
-    results = measure(lines, {i: line["rating"] for i, line in ratings.items()}, normalise)
+    said = {i: line["rating"] for i, line in ratings.items()}
+    if args.lmms_eval:
+        for line in lines:
+            if line["row"] in said and not line.get("choices"):
+                said[line["row"]] = lmms_rating(line["task"], ratings[line["row"]]["reply"])
+    results = measure(lines, said, normalise, args.lmms_eval)
 
-    print(f"{'task':20}{'metric':14}{'rows':>7}{'value':>9}   95 % interval")
+    print(f"{'task':20}{'metric':17}{'rows':>7}{'value':>9}   95 % interval")
     for result in results:
         scale = 1 if result["metric"] == "rating" else 100
         value = "-"
@@ -515,7 +699,7 @@ def report(args, model, answers, ratings, skipped, normalise):
         if result["rows"]:
             value = f"{scale * result['value']:.2f}"
             bounds = f"{scale * result['low']:.2f} to {scale * result['high']:.2f}"
-        print(f"{result['task']:20}{result['metric']:14}{result['rows']:7}{value:>9}   "
+        print(f"{result['task']:20}{result['metric']:17}{result['rows']:7}{value:>9}   "
               f"{bounds:18}{result['note']}".rstrip())
     print("skipped: " + ", ".join(f"{n} {why}" for why, n in skipped.items()))
 
@@ -526,48 +710,65 @@ def report(args, model, answers, ratings, skipped, normalise):
             cost = f", cost {np.dot(tokens, args.judge_price) / 1e6:.4f}"
         print(f"judge: {tokens[0]} tokens in, {tokens[1]} out{cost}")
     print(json.dumps({
-        "model": model, "data": args.data, "skipped": skipped, "judge_tokens": tokens,
-        "results": results}))
+        "model": model, "data": args.data, "lmms_eval": args.lmms_eval, "skipped": skipped,
+        "judge_tokens": tokens, "results": results}))
 
 
 # --------------------------------------------------------------------------------------------------
 # show
 
 def show(args):
-    """What each head reconstructs beside what its teacher hears, as a picture (figure 4)."""
+    """What each head reconstructs beside what its teacher hears, as a picture (figure 4).
+
+    unexplained: a loss over that of the best constant answer; 0 is the teacher itself, 1 ignores
+    the audio. recall: of the frames and bins where the teacher hears a pitch (contour above 0.3),
+    the share where the head does."""
     figure = need("matplotlib.figure", "matplotlib")
-    device = usable_device(args.device)
     wave, rate = read_audio(args.clip, args.start, args.end)
     sound_names = read_sound_names(args.sound_names) if args.sound_names else []
-    coat, experts, heads = load_heads(args, device)
+    checkpoint = latest_checkpoint(args.model)
+    device = device_of(args, checkpoint)
+    coat, experts, heads = load_heads(args, checkpoint, device)
 
     row = {"wave": wave, "rate": rate, "prompt": args.question, "response": ""}
     rates = {expert.sample_rate for expert in experts.values()}
     batch = to_device(collate([row], coat.spec, rates), device)
     if batch["skipped"]:
         raise batch["skipped"][0]
-    fig = figure.Figure(figsize=(9, 2.1 * len(heads)), dpi=80, layout="constrained")
+    fig = figure.Figure(figsize=(9, 2.4 * len(heads)), dpi=80, layout="constrained")
     axes = fig.subplots(len(heads), 2, squeeze=False)
-    unexplained = {}
+    told = {"clip": args.clip, "model": args.model, "unexplained": {}, "drawn": {}}
     with torch.no_grad():
         out = coat(batch)
         think_states = out.think_states.float()    # (1, L, D)
         targets = teacher_targets(experts, batch) | {"recon": out.audio_embeds.float()}
         for task, (left, right) in zip(heads, axes):
-            titles = []
-            losses = heads(think_states, out.valid, {task: targets[task]})
-            for term, loss in losses.items():
-                unexplained[term] = loss.item() / int(batch["n_audio"])
-                titles.append(f"{term}: {unexplained[term]:.2f} unexplained")
             expert = experts.get(task)
             z_hat = heads[task](think_states, out.valid)[0]    # (L, E)
-            images = pictures(task, z_hat, targets[task][0], expert, sound_names)
-            draw(left, right, *images, len(wave) / rate)
-            left.set_title(", ".join(titles), fontsize=10)
-            right.set_title(type(expert).__name__ if expert else "the audio tower", fontsize=10)
+            z = targets[task][0]
+            draw(left, right, *pictures(task, z_hat, z, expert, sound_names), len(wave) / rate)
+            measured = []
+            for term, loss in heads(think_states, out.valid, {task: targets[task]}).items():
+                told["unexplained"][term] = loss.item() / int(batch["n_audio"])
+                measured.append(f"{term}: {told['unexplained'][term]:.2f} unexplained")
+            if task == "pitch":
+                told["pitch_recall"] = recall = pitch_recall(z_hat, z, expert)
+                measured.append("no pitch" if recall is None else f"recall {recall:.2f}")
+            told["drawn"][task] = DRAWN.get(task, "features")
+            title = f"{task}: {told['drawn'][task]}\n{', '.join(measured)}"
+            left.set_title(title, fontsize=9, loc="left")    # its first line is as wide as both
+            right.set_title(type(expert).__name__ if expert else "the audio tower", fontsize=9)
     fig.savefig(args.out, format="png")
-    print(json.dumps({
-        "clip": args.clip, "model": args.model, "unexplained": unexplained, "picture": args.out}))
+    print(json.dumps(told | {"picture": args.out}))
+
+
+def pitch_recall(z_hat, z, expert):
+    """Of the (frame, bin) pairs where the teacher's contour is above CONTOUR_ON, the share where
+    the student's is; None if there is none. A head that collapses to all zero has 0 (3.3.2)."""
+    on = expert.readout(z).sigmoid() > CONTOUR_ON    # (L, 264)
+    if not on.any():
+        return None
+    return (expert.readout(z_hat).sigmoid() > CONTOUR_ON)[on].float().mean().item()
 
 
 def read_sound_names(path):
@@ -579,9 +780,8 @@ def read_sound_names(path):
     return names
 
 
-def load_heads(args, device):
+def load_heads(args, checkpoint, device):
     """(CoAT, {task: teacher}, ExpertHeads) of a run as it was trained. Raises InputError."""
-    checkpoint = latest_checkpoint(args.model)
     config = os.path.join(checkpoint, "..", "config.json")
     saved = os.path.join(checkpoint, "heads.safetensors")
     for path in (config, saved):
@@ -598,7 +798,8 @@ def load_heads(args, device):
     names = {key.split(".")[0] for key in weights}    # of "recon.out.weight"
     tasks = [task for task in ("recon", *EXPERTS) if task in names]
     if not tasks:
-        raise InputError(f"'{args.model}' was trained without experts; there is no head to show")
+        what = "experts" if read_coat_json(checkpoint)["think"] else "the thinking block"
+        raise InputError(f"'{args.model}' was trained without {what}; there is no head to show")
     experts = {}
     random = args.random_teachers or flags["random_teachers"]
     for task in tasks:
@@ -664,13 +865,16 @@ def probe(args):
     without a block."""
     need("sklearn", "scikit-learn")
     figure = need("matplotlib.figure", "matplotlib") if args.plot else None
-    device = usable_device(args.device)
+    device = device_of(args, *args.models)
     source = open_source(args.data)
     for _, reason in source.skipped:
         print(f"skipped: {reason}")
     usable = [i for i in usable_rows(source).tolist() if source.lengths[i] > 0]
     print(f"{len(usable)} of {len(source)} rows have audio that can be used")
-    print(f"{'model':30}{'step':>7}{'think':>16}{'rho':>7}{'pre-gen':>16}{'rho':>7}{'answers':>9}")
+    print("think: mean of the thinking states; pre-gen: state before the answer, at which token\n"
+          "rho: Spearman's, between the probe's confidence in the true label and right answers")
+    print(f"{'model':30}{'step':>7}{'think':>16}{'rho':>7}{'pre-gen':>16}{'rho':>7}  {'at':9}"
+          f"{'answers':>9}")
 
     results = []
     for name in args.models:
@@ -678,11 +882,12 @@ def probe(args):
         for step in steps or [None]:
             folder = os.path.join(name, f"checkpoint-{step}") if step else name
             coat = load_model(folder, device, args.model_path)
-            labels, found = probe_model(coat, source, usable, args, think=name not in BACKBONES)
+            labels, found = probe_model(coat, source, usable, args)
             result = {"model": name, "step": step, "rows": len(labels)} | found
             results.append(result)
             cells = "".join(probe_cells(result.get(position)) for position in ("think", "pre-gen"))
-            print(f"{name:30}{step or '-':>7}{cells}{result['answers']:9.1%}")
+            at = result["pre-gen"]["at"]
+            print(f"{name:30}{step or '-':>7}{cells}  {at:9}{result['answers']:9.1%}")
     print(json.dumps({
         "data": args.data, "label": args.label, "labels": Counter(labels), "results": results}))
     if args.plot:
@@ -699,8 +904,9 @@ def probe_cells(found):
     return f"{accuracy:>16}{rho:>7}"
 
 
-def probe_model(coat, source, usable, args, think):
-    """([label of a row], {"answers": share of right ones, position: {accuracy, deviation, rho}}).
+def probe_model(coat, source, usable, args):
+    """([label of a row], {"answers": share of right ones, position: {accuracy, deviation, rho}, and
+    of pre-gen the token "at" which it is}).
     Raises InputError if no probe can be trained on these rows."""
     from scipy.stats import spearmanr
     labels = []
@@ -708,7 +914,7 @@ def probe_model(coat, source, usable, args, think):
     states = {}
     right = []
     tasks = set()
-    for batch in batches(coat, source, usable, args, [], think):
+    for batch in batches(coat, source, usable, args, [], coat.think):
         for row in batch["rows"]:
             labels.append(label_of(row, args.label))
             # What stays on one side of a split: a voice would give the label away.
@@ -717,7 +923,7 @@ def probe_model(coat, source, usable, args, think):
             tasks.add(row["task"])
         if len(tasks) > 1 and not args.label:
             raise InputError("these rows are of several tasks; give rows of one, or --label KEY")
-        for position, x in probe_states(coat, batch).items():
+        for position, x in probe_states(coat, batch, args.pre_gen).items():
             states.setdefault(position, []).append(x)
         texts = coat.generate(batch, args.max_new_tokens)
         right += [is_right(row, text) for row, text in zip(batch["rows"], texts)]
@@ -735,6 +941,7 @@ def probe_model(coat, source, usable, args, think):
         deviation = float(np.std(accuracy, ddof=1))
         found[position] = {
             "accuracy": float(np.mean(accuracy)), "deviation": deviation, "rho": rho}
+    found["pre-gen"]["at"] = "end token" if coat.think else args.pre_gen
     return labels, found
 
 
@@ -750,14 +957,21 @@ def label_of(row, key):
 
 
 @torch.no_grad()
-def probe_states(coat, batch):
-    """{position: (B, D)}: the mean of the thinking states, and the state from which the answer's
-    first token comes. Without a block the latter is that of the prompt's last token."""
+def probe_states(coat, batch, pre_gen="last-user"):
+    """{position: (B, D)}: the mean of the thinking states, and the state before the answer.
+
+    The latter is that of the block's end token. pre_gen: where it is without a block, "last-user",
+    the last input token before the assistant turn (section 4.4), or "last", that of the prompt,
+    from which the answer's first token comes."""
     h, _ = coat.states(batch, use_cache=False)    # (B, T, D)
     states = {"pre-gen": h[:, -1]}
     if batch["think_mask"].any():
         think, _ = pad_rows(h[batch["think_mask"]], batch["n_audio"])    # (B, L, D)
         states["think"] = think.sum(1) / batch["n_audio"][:, None]
+    elif pre_gen == "last-user":
+        header = coat.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        from_end = (batch["input_ids"] == header).int().flip(1).argmax(1)    # (B,) of the last one
+        states["pre-gen"] = h[torch.arange(len(h), device=h.device), -2 - from_end]
     return {position: x.float().cpu().numpy() for position, x in states.items()}
 
 
@@ -800,7 +1014,8 @@ def plot_probes(figure, results, args):
                 axis.axhline(accuracy[0], **line)
         axis.set_xlabel("step")
     left.set_title("mean of the thinking states", fontsize=10)
-    right.set_title("state that the answer comes from", fontsize=10)
+    tokens = dict.fromkeys(result["pre-gen"]["at"] for result in results)
+    right.set_title(f"pre-gen: state at {' or '.join(tokens)}", fontsize=10)
     right.legend(fontsize=8)
     left.set_ylabel(f"accuracy of the probe, {args.data}", fontsize=8)
     fig.savefig(args.plot, format="png")
@@ -819,7 +1034,7 @@ def merge(args):
         if os.path.exists(path):
             raise InputError(
                 f"'{path}' is there already; delete it, or give the name of a new folder")
-    coat = load_model(args.model, usable_device(args.device), args.model_path)
+    coat = load_model(args.model, device_of(args), args.model_path)
     try:
         coat.save(part)
     except (OSError, RuntimeError, safetensors.SafetensorError) as e:
@@ -854,7 +1069,7 @@ def model_flags(add, name="model", nargs=None):
     names = ", ".join(BACKBONES)
     add(name, nargs=nargs, help=f"run or checkpoint folder, merged folder, or one of {names}")
     add("--model-path", help="a local folder with the backbone, instead of the hub")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", help="cpu or cuda; None: the GPU, or for tiny the CPU if there is none")
 
 
 def segment_flags(add):
@@ -863,7 +1078,11 @@ def segment_flags(add):
 
 
 def answer_flags(add):
-    add("--no-think", action="store_true", help="leave the thinking block out")
+    add("--no-think", action="store_true",
+        help="leave the thinking block out (a model trained without it has none)")
+    add("--text-think", nargs="?", const="", metavar="FOLDER",
+        help="reason in text instead of the block; FOLDER: the think folder of Audio Flamingo 3, "
+        "without it the prompt alone asks for it")
     add("--compile", action="store_true",
         help="faster decoding after a slow start (CoAT.compile_decode)")
 
@@ -879,9 +1098,6 @@ def ask_flags(add):
     answer_flags(add)
     add("clips", nargs="+", help="audio files: wav, flac, ogg or mp3")
     add("--question", required=True)
-    add("--text-think", nargs="?", const="", metavar="FOLDER",
-        help="reason in text instead of the block; FOLDER: the think folder of Audio Flamingo 3, "
-        "without it the prompt alone asks for it")
     add("--max-new-tokens", type=at_least(1), default=128)
     add("--json", action="store_true", help="one JSON object a clip, with token counts and times")
 
@@ -901,8 +1117,14 @@ def score_flags(add):
     add("--judge", metavar="URL",
         help="an OpenAI-compatible endpoint such as https://api.openai.com/v1, to which questions, "
         "references and answers are sent; its key is read from OPENAI_API_KEY")
+    add("--judge-choices", action="store_true",
+        help="the judge also says, with a prompt of ours, whether answers to multiple-choice rows "
+        "name the right one (the paper evaluates AF3-think so)")
     add("--judge-model", default="gpt-4o-2024-11-20", help="(%(default)s, the paper's)")
     add("--judge-price", metavar=("IN", "OUT"), nargs=2, type=float, help="of a million tokens")
+    add("--lmms-eval", action="store_true",
+        help="read choices and ratings as lmms-eval 0.7.3 does: the letter of a choice (so prompts "
+        "must letter them), where there is none a random one; 0 for an unreadable rating")
 
 
 def show_flags(add):
@@ -923,7 +1145,10 @@ def probe_flags(add):
     add("--data", required=True,
         help="labelled rows: a manifest, or tones[:KINDS[:ROWS OF EACH]]; rows with the same "
         "\"speaker\", else \"recording\", else audio stay on one side of a split")
-    add("--label", metavar="KEY", help="of the manifest's rows, instead of the response")
+    add("--label", metavar="KEY", help="any key of the manifest's rows, instead of the response")
+    add("--pre-gen", choices=["last-user", "last"], default="last-user",
+        help="the state before the answer, for models without a block: of the last token before "
+        "the assistant turn (%(default)s, the paper's) or of the prompt; with a block: its end")
     add("--max-new-tokens", type=at_least(1), default=20,
         help="of the model's own answers (%(default)s)")
     add("--plot", metavar="FILE", help="a picture")
