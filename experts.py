@@ -332,6 +332,8 @@ class Affect(Encoder):
     url = "https://huggingface.co/emotion2vec/emotion2vec_base/resolve/main/emotion2vec_base.pt"
     licence = "FunASR Model License 1.1"
     source = "https://github.com/ddlBoJack/emotion2vec"
+    EMOTIONS = ("angry", "disgusted", "fearful", "happy", "neutral", "other", "sad", "surprised",
+                "unknown")      # what the plus models were trained to tell apart
     AUDIO = "modality_encoders.AUDIO."
     POSITION = AUDIO + "relative_positional_encoder."
     KEYS = (
@@ -347,11 +349,14 @@ class Affect(Encoder):
         (r"\.out", ".attn.proj"),
         (r"\.up", ".mlp.fc1"),
         (r"\.down", ".mlp.fc2"),
+        (r"^emotion\.", "proj."),
     )
 
-    def __init__(self, prenet=4, depth=8, tokens=10, scales=1, **sizes):
+    def __init__(self, prenet=4, depth=8, tokens=10, scales=1, emotions=0, **sizes):
         super().__init__(depth=prenet + depth, qkv_bias=True, tokens=tokens, scales=scales,
                          **sizes)
+        if emotions:
+            self.emotion = nn.Linear(self.dim, emotions)
 
         def official_block(match):
             index = int(match[1])
@@ -384,7 +389,14 @@ class Affect(Encoder):
             "scales": scale[0],
             "scale_heads": scale[2],
             "pos": (count(cls.POSITION), conv[2], max(1, dim // conv[1])),
+            "emotions": shape("proj.weight", 0)[0],
         }
+
+    @property
+    def readout(self):
+        """The emotion head (.., E) -> (.., 9) LOGITS of the plus models, whose softmax gives
+        EMOTIONS; None where the file has none, as that of base."""
+        return self._modules.get("emotion")
 
 
 def panns_name(match):

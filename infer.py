@@ -98,7 +98,7 @@ DRAWN = {
     "recon": "features of the audio tower (no codec decoder here, the paper decodes Sim-Whisper)",
     "speech": "features",
     "sound": "the ten events that the teacher hears most, probabilities",
-    "affect": "features (the paper draws what an emotion head makes of them)",
+    "affect": "features (the paper draws what an emotion head makes of them; plus files have one)",
     "pitch": "the contour, the strongest third of each semitone",
 }
 CONTOUR_ON = 0.3    # a pitch is there: the frame threshold of basic-pitch
@@ -755,6 +755,8 @@ def show(args):
                 told["pitch_recall"] = recall = pitch_recall(z_hat, z, expert)
                 measured.append("no pitch" if recall is None else f"recall {recall:.2f}")
             told["drawn"][task] = DRAWN.get(task, "features")
+            if task == "affect" and expert.readout:
+                told["drawn"][task] = "the emotions, probabilities"
             title = f"{task}: {told['drawn'][task]}\n{', '.join(measured)}"
             left.set_title(title, fontsize=9, loc="left")    # its first line is as wide as both
             right.set_title(type(expert).__name__ if expert else "the audio tower", fontsize=9)
@@ -819,8 +821,12 @@ def pictures(name, z_hat, z, expert, sound_names):
     """(student (K, L), teacher (K, L), {row: its name}) of features (L, E), as figure 4 shows them.
 
     sound   the ten events that the teacher hears most
+    affect  the emotions, where the teacher's file has a head for them
     pitch   the contour, the strongest third of each semitone
     others  the 64 dimensions that vary most"""
+    if name == "affect" and expert and expert.readout:
+        emotions = dict(enumerate(expert.EMOTIONS))
+        return expert.readout(z_hat).softmax(1).T, expert.readout(z).softmax(1).T, emotions
     if name in ("sound", "pitch"):
         z_hat = expert.readout(z_hat).sigmoid()
         z = expert.readout(z).sigmoid()
