@@ -3,16 +3,18 @@
     python data.py check assets/clips.jsonl      # rows, hours, what would be skipped and why
     python data.py check MIXTURE.json --quick    # what a stage draws, too; decodes nothing
     python data.py convert clotho ROOT           # rows of a corpus as its makers lay it out
+    python data.py convert mmau ROOT             # or of a benchmark
 
 A manifest holds one JSON object a line; audio paths are relative to it, null is a row of text:
 
     {"audio": "clips/rain.flac", "prompt": "What is heard?", "response": "rain", "task": "caption"}
 
 Optional: "start" and "end" in seconds (a segment of the file), "seconds" (its length, saves opening
-the file to sort by length) and "choices" (the options of a multiple-choice row). A mixture draws
-from manifests; README.md shows one.
+the file to sort by length), "choices" (the options of a multiple-choice row) and "question" (what a
+judge is shown instead of the prompt). A mixture draws from manifests; README.md shows one.
 """
 import argparse
+import ast
 import codecs
 import csv
 import functools
@@ -23,6 +25,7 @@ import math
 import os
 import re
 import signal
+import string
 import sys
 from array import array
 from collections import Counter
@@ -119,7 +122,7 @@ def open_source(text, split="heldout", rows=None):
         return Mixture(text) if text.endswith(".json") else Manifest(text)
     usage = "tones[:KINDS[:ROWS OF EACH]]" if rows is None else "tones[:KINDS]"
     too_many = len(parts) > (3 if rows is None else 2)
-    kinds = parts[1].split(",") if parts[1:] and parts[1] else list(TONES)
+    kinds = parts[1].split(",") if parts[1:] and parts[1] else DEFAULT_TONES
     each = parts[2] if parts[2:] else "60"
     if too_many or set(kinds) - set(TONES) or not each.isdigit() or int(each) < 1:
         raise InputError(f"'{text}': give {usage} with KINDS from {','.join(TONES)}")
@@ -146,6 +149,8 @@ def fingerprint(source):
     return found.hexdigest()
 
 
+# Of ms-swift, LLaMA-Factory, chat templates.
+OTHER_KEYS = {"messages", "conversations", "audios", "query", "instruction", "output"}
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
@@ -161,6 +166,11 @@ def parse_row(line, where):
     if not isinstance(row, dict):
         raise InputError(f"{where}: not a JSON object; "
                          'write {"audio": .., "prompt": .., "response": ..}')
+    other = row.keys() & OTHER_KEYS
+    if other and "prompt" not in row:
+        raise InputError(f'{where}: no "prompt" but {", ".join(sorted(other))}; a row has "audio", '
+                         '"prompt", "response", which python data.py convert messages FILE or '
+                         "json FILE --prompt KEY --response KEY writes")
     row = {"audio": None, "seconds": None, "task": "qa"} | row
 
     for key in ("prompt", "response", "task"):
@@ -277,22 +287,28 @@ class Manifest:
 
 
 def read_mixture(path):
-    """A mixture file -> ({group: share}, [(group, manifest, max_epochs)], rows of a stage).
+    """A mixture file -> ({group: share}, {group: draw}, [(group, manifest, max_epochs)], rows of a
+    stage).
 
+    draw            "uniform": the sources of a group alike, or "by size": by their usable rows
     max_epochs      how often a row may come in a stage, of a source or of all; inf if not given
     rows            of the stage that `check` shows; train.py's flags say how long one really is
     Raises InputError."""
     shares = {}
+    draws = {}
     sources = []
     try:
         spec = read_spec(path)
         for group, given in spec["groups"].items():
-            require(isinstance(given, dict) and set(given) == {"share", "sources"},
-                    f'{group} needs "share" and "sources"')
+            require(isinstance(given, dict) and set(given) - {"draw"} == {"share", "sources"},
+                    f'{group} needs "share" and "sources", and may have "draw"')
             require_positive(given["share"], f"the share of {group}")
             require(isinstance(given["sources"], list) and given["sources"],
                     f"{group} lists no sources")
             shares[group] = given["share"]
+            draws[group] = given.get("draw", "uniform")
+            require(draws[group] in ("uniform", "by size"),
+                    f'"draw" of {group} is neither "uniform" nor "by size"')
             for source in given["sources"]:
                 manifest, max_epochs = read_entry(group, source, spec["max_epochs"])
                 manifest = os.path.join(os.path.dirname(path), manifest)
@@ -302,7 +318,7 @@ def read_mixture(path):
                          "only whole lines can be // comments") from e
     except InputError as e:
         raise InputError(f"'{path}': {e}; README.md shows a mixture") from e
-    return shares, sources, spec["rows"]
+    return shares, draws, sources, spec["rows"]
 
 
 def require(ok, problem):
@@ -375,13 +391,14 @@ def allot(n, weights, caps):
 class Mixture(Manifest):
     """Manifests in groups with shares, from a mixture file (appendix A). Raises InputError.
 
-    A stage draws each group by its share and the sources in it alike, in whole passes and none
-    beyond its max_epochs. What a source cannot give goes to the others of its group. Appendix A
-    caps epochs and yet fixes the rows of a stage: what a group cannot give goes to other groups."""
+    A stage draws each group by its share and the sources in it alike or by size (appendix A says
+    both), in whole passes and none beyond its max_epochs. What a source cannot give goes to the
+    others of its group. Appendix A caps epochs and yet fixes the rows of a stage: what a group
+    cannot give goes to other groups."""
 
     def __init__(self, path):
         self.path = path
-        self.shares, sources, self.stage_rows = read_mixture(path)
+        self.shares, self.draws, sources, self.stage_rows = read_mixture(path)
         groups, paths, self.max_epochs = zip(*sources)
         super().__init__(*paths)
         self.files = (path, *paths)
@@ -409,8 +426,11 @@ class Mixture(Manifest):
             raise InputError(f"a stage of {n} rows, but '{self.path}' has {budget.sum()} under its "
                              "max_epochs; train fewer steps, raise max_epochs or add rows")
         counts = np.zeros(len(caps), int)
-        for members, rows in zip(self.members.values(), budget):
-            counts[members] = allot(rows, np.ones(len(members)), caps[members])
+        for (group, members), rows in zip(self.members.items(), budget):
+            weights = np.ones(len(members))
+            if self.draws[group] == "by size":
+                weights = [max(1, len(self.usable[k])) for k in members]
+            counts[members] = allot(rows, weights, caps[members])
         return counts
 
     def draw(self, n, seed, stage):
@@ -521,7 +541,7 @@ def make_voices(n, answer, rng):
 
 
 def make_note(n, answer, rng):
-    semitones = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}[answer]
+    semitones = PITCH_CLASSES.index(answer)
     octave = rng.integers(0, 2)    # 4 or 5
     detuned = rng.uniform(-0.1, 0.1)
     pitch = 440 * 2 ** ((semitones - 9) / 12 + octave + detuned / 12)
@@ -529,6 +549,7 @@ def make_note(n, answer, rng):
     return tone * envelope(n, 0.6, 0.9, rng)
 
 
+PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 TONES = {    # kind: (question, all possible answers, function (samples, answer, rng) -> (samples,))
     "louder": ("Which half is louder?", ("first", "last"), make_louder),
     "glide": ("Up, down or flat?", ("up", "down", "flat"), make_glide),
@@ -536,7 +557,9 @@ TONES = {    # kind: (question, all possible answers, function (samples, answer,
     "timbre": ("Which sound?", ("flute", "buzzer", "bell", "noise"), make_timbre),
     "voices": ("How many notes?", ("1", "2", "3"), make_voices),
     "note": ("Which note?", ("C", "D", "E", "F", "G", "A", "B"), make_note),
+    "semitone": ("Which pitch class?", PITCH_CLASSES, make_note),
 }
+DEFAULT_TONES = tuple(kind for kind in TONES if kind != "semitone")    # that one only by name
 
 
 class Tones:
@@ -545,7 +568,7 @@ class Tones:
     files = ()
     skipped = ()
 
-    def __init__(self, split, n, kinds=tuple(TONES)):
+    def __init__(self, split, n, kinds=DEFAULT_TONES):
         self.stream = ("train", "heldout").index(split)
         self.kinds = tuple(kinds)
         self.lengths = 1.2 + 0.8 * (np.arange(n) * 0.6180339887 % 1)    # 1.2 to 2 s, golden steps
@@ -737,6 +760,8 @@ WORDINGS = {
     "emotion": ("Which emotion does the speaker express?", "How does the speaker feel?",
                 "What is the emotion of the speech?",
                 "Choose the emotion that fits the speaker's voice."),
+    "vocal_sound": ("Which sound does the person make?", "Which vocal sound is it?"),
+    "genre": ("Which genre is this music?", "What is the genre of the music?"),
     "music": ("Describe the music.", "What does this piece of music sound like?",
               "Write a caption for this music.",
               "Describe the genre, the instruments and the mood of this piece."),
@@ -745,6 +770,7 @@ WORDINGS = {
     "mcq": ("{}",),
     "text": ("{}",),
 }
+CLASSES = {"emotion", "vocal_sound", "genre"}    # the wordings ask for one of fixed choices
 
 
 class Candidate(NamedTuple):
@@ -754,10 +780,13 @@ class Candidate(NamedTuple):
     places: tuple = ()      # where its audio may lie, whatever its ending; none: a row of text
     question: str = ""
     wordings: tuple = ()    # instead of the task's
-    choices: tuple = None   # the response is one of them
+    choices: tuple = None   # see read_choices; the response names one of them
+    choice_prompt: str = "{} {line}"    # the question and its choices, in a line or in {lines}
+    spoken: str = ""        # the question that the clip itself asks, for a judge
     start: float = None     # seconds, as in a manifest
     end: float = None
     seconds: float = None
+    more: dict = None       # further keys of the row
     problem: str = ""       # why there will be no row
 
 
@@ -765,11 +794,14 @@ class LeftOut(Exception):
     """Why a candidate gives no row, to be counted."""
 
 
+LETTERS = string.ascii_uppercase
+
+
 def make_row(candidate):
     """A Candidate -> the row of a manifest. Raises LeftOut."""
     if candidate.problem:
         raise LeftOut(candidate.problem)
-    if candidate.choices:
+    if candidate.choices is not None:
         candidate = ask_choice(candidate)
     audio = find_audio(candidate.places)
     if candidate.places and not audio:
@@ -781,12 +813,18 @@ def make_row(candidate):
     response = candidate.response.strip()
     if not prompt or not response:
         raise LeftOut("empty text")
+    if candidate.seconds is not None and candidate.seconds <= 0:
+        raise LeftOut("of 0 s")
 
     row = {"audio": audio, "prompt": prompt, "response": response, "task": candidate.task}
     for key in ("choices", "start", "end", "seconds"):
         value = getattr(candidate, key)
         if value is not None:
             row[key] = value
+    if candidate.spoken:
+        row["question"] = candidate.spoken.strip()
+    for key, value in (candidate.more or {}).items():
+        row[f"{key}_" if key in row else key] = value    # MMAU's "task" becomes "task_"
     return row
 
 
@@ -796,18 +834,63 @@ def digest(*words):
 
 
 def ask_choice(candidate):
-    """The question becomes "Which? A. this B. that", the response "B. that"."""
+    """The question becomes "Which? A. this B. that", the response "B. that". Raises LeftOut."""
     question = candidate.question
-    choices = candidate.choices
-    if candidate.task == "emotion":
+    choices = read_choices(candidate.choices)
+    if candidate.task in CLASSES:
         name = os.path.basename(candidate.places[0])
-        wordings = WORDINGS["emotion"]
+        wordings = WORDINGS[candidate.task]
         question = wordings[digest(name)[0] % len(wordings)]
         # In an order of the clip's own, so that no letter is a hint.
-        choices = sorted(choices, key=lambda emotion: digest(name, emotion))
-    lettered = [f"{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", choices)]
-    return candidate._replace(task="mcq", question=" ".join([question, *lettered]), choices=choices,
-                              response=lettered[choices.index(candidate.response)])
+        choices = sorted(choices, key=lambda choice: digest(name, choice))
+    if not question.strip():
+        raise LeftOut("empty text")
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise LeftOut(f"with {len(choices)} choices")
+    number = find_choice(candidate.response.strip(), choices)
+    if number is None:
+        raise LeftOut("with an answer that is none of the choices")
+    lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices)]
+    prompt = candidate.choice_prompt.format(question, line=" ".join(lettered),
+                                            lines="\n".join(lettered))
+    return candidate._replace(task="mcq", question=prompt, choices=choices, wordings=(),
+                              response=lettered[number])
+
+
+def find_choice(answer, choices):
+    """The number of the choice that an answer names, None if it names none: by its text, its
+    letter, both, or its number from 0."""
+    for form in ("{text}", "{letter}", "({letter})", "{letter}.", "{letter}. {text}",
+                 "({letter}) {text}", "{number}"):
+        names = []
+        for number, (letter, text) in enumerate(zip(LETTERS, choices)):
+            names.append(form.format(text=text, letter=letter, number=number).casefold())
+        if answer.casefold() in names:
+            return names.index(answer.casefold())
+    return None
+
+
+def read_choices(given):
+    """A list, {"A": text, ..}, "a|b|c", or a list in a text -> [text]; "A. text" loses its letter.
+    Raises LeftOut."""
+    if isinstance(given, str):
+        try:
+            listed = given.startswith("[")    # JSON's or Python's
+            given = ast.literal_eval(given) if listed else given.split("|")
+        except (ValueError, SyntaxError) as e:
+            raise LeftOut("with choices that are no list") from e
+    if isinstance(given, dict):
+        given = [f"{key}. {'' if text is None else text}" for key, text in given.items()]
+    texts = ["" if text is None else str(text).strip() for text in given]
+    for form in ("{}.", "({})", "{})", "{}:"):
+        marks = [form.format(letter) for letter in LETTERS[:len(texts)]]
+        if all(text.startswith(mark) or not text for text, mark in zip(texts, marks)):
+            texts = [text.removeprefix(mark).strip() for text, mark in zip(texts, marks)]
+    while texts and not texts[-1]:
+        texts.pop()
+    if not all(texts):    # the letters after it would change
+        raise LeftOut("with an empty choice")
+    return texts
 
 
 def find_audio(places):
@@ -826,7 +909,7 @@ def listing(folder):
     found = {}
     for file in os.listdir(folder) if os.path.isdir(folder) else ():
         name, ending = os.path.splitext(file)
-        if ending in (".wav", ".flac", ".ogg", ".opus", ".mp3"):
+        if ending in (".wav", ".flac", ".ogg", ".opus", ".mp3", ".au"):
             found[name] = os.path.join(folder, file)
     return found
 
@@ -848,44 +931,79 @@ codecs.register_error("latin-1", as_latin_1)
 
 
 def read_table(path, quoted=True):
-    """Yields the dicts of a file with a JSON object a line (.json), or a header line and cells
-    between commas, tabs, bars. quoted: quotation marks enclose cells."""
+    """Yields the dicts of a JSON file, or of a header line and cells between commas, tabs, bars.
+    quoted: quotation marks enclose cells."""
     csv.field_size_limit(2 ** 24)
+    if path.endswith((".json", ".jsonl")):
+        yield from read_json(path)
+        return
     with open(path, encoding="utf-8-sig", errors="latin-1", newline="") as file:
-        if path.endswith(".json"):
-            for line in file:
-                yield json.loads(line)
-            return
         mark = max(",\t|", key=file.readline().count)
         file.seek(0)
         quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         yield from csv.DictReader(file, delimiter=mark, quoting=quoting, restval="")
 
 
+def read_json(path):
+    """Yields the objects of a file: one a line, or of an array, alone or as the "data" of an
+    object. null becomes an empty text."""
+    with open(path, encoding="utf-8-sig", errors="latin-1") as file:
+        try:
+            first = json.loads(file.readline())
+        except json.JSONDecodeError:    # the first of the lines of an array or object
+            first = []
+        file.seek(0)
+        if isinstance(first, dict) and not isinstance(first.get("data"), list):
+            items = map(json.loads, filter(str.strip, file))
+        else:
+            items = json.load(file)
+            items = items["data"] if isinstance(items, dict) else items
+        for item in items:
+            yield {key: "" if value is None else value for key, value in dict(item).items()}
+
+
 def from_table(task, tables, places, responses, questions=(), quoted=True, seconds=None,
-               wordings=()):
+               wordings=(), choices=(), keep=(), only=None, **rest):
     """The candidates of a corpus that is a table, as a function of (root, split).
 
     tables, places, responses, questions    templates with {split}, all but the first also with the
                 names of columns: where under the root the table and the audio may lie, and a row
                 for each response, about the first question that is not empty
-    seconds     function of a row of the table"""
-    def candidates(root, split):
-        table = first_of(*(os.path.join(root, name.format(split=split)) for name in tables))
-        for cells in read_table(table, quoted):
-            cells = cells | {"split": split}
-            audio = [os.path.join(root, place.format_map(cells)) for place in places]
-            asked = [question.format_map(cells) for question in questions]
-            question = next(filter(str.strip, asked), "")
-            lasts = round(seconds(cells), 3) if seconds else None
-            for response in responses:
-                yield Candidate(task, response.format_map(cells), audio, question, wordings,
-                                seconds=lasts)
-
+    seconds     function of a row of the table
+    choices     the column with all choices (see read_choices), or those with one each
+    keep        columns that the row keeps; None: all but question, choices and response
+    only        function of a row of the table, whether to take it
+    rest        of the Candidate; `spoken` is a template"""
     layout = " or ".join(f"ROOT/{name}" for name in tables)
-    layout += f" with {', '.join([*responses, *questions])}"
+    spoken = rest.get("spoken", "")
+    shown = [*responses, *questions, *choices, *filter(None, [spoken])]
+    layout += f" with {', '.join(shown)}"
     if places:
         layout += ", audio " + " or ".join(f"ROOT/{place}" for place in places)
+    used = {*choices, *re.findall(r"{([^}:]+)", " ".join([*responses, *questions]))}
+
+    def candidates(root, split):
+        table = first_of(*(os.path.join(root, name.format(split=split)) for name in tables))
+        for row in read_table(table, quoted):
+            cells = row | {"split": split}
+            if only and not only(cells):
+                continue
+            audio = [os.path.normpath(os.path.join(root, place.format_map(cells)))
+                     for place in places]
+            asked = [question.format_map(cells) for question in questions]
+            question = next(filter(str.strip, asked), "")
+            kept = [key for key in row if key not in used] if keep is None else keep
+            options = [cells.get(name, "") for name in choices] or [None]
+            fields = rest | {
+                "choices": options if len(options) > 1 else options[0],
+                "seconds": round(seconds(cells), 3) if seconds else None,
+                "more": {key: row[key] for key in kept},
+                "spoken": spoken.format_map(cells),
+            }
+            for response in responses:
+                yield Candidate(task, response.format_map(cells), audio, question, wordings,
+                                **fields)
+
     candidates.__doc__ = layout
     return candidates
 
@@ -954,9 +1072,18 @@ def iemocap(root, split):
                 if label not in labels:
                     yield Candidate(problem=f"of emotion {label}")
                     continue
-                place = f"{folder}/sentences/wav/{turn.rsplit('_', 1)[0]}/{turn}.wav"
+                dialog, number = turn.rsplit("_", 1)
+                place = f"{folder}/sentences/wav/{dialog}/{turn}.wav"
+                speaker = f"Ses{session:02}{number[0]}"    # number: F000, M000 ..
                 yield Candidate("emotion", labels[label], [place], choices=set(labels.values()),
-                                seconds=round(float(end) - float(start), 3))
+                                seconds=round(float(end) - float(start), 3),
+                                more={"speaker": speaker, "recording": dialog})
+
+
+def iemocap_qa(root, split):
+    """ROOT/SessionN as for iemocap; asks how the speaker feels, without choices"""
+    for candidate in iemocap(root, split):
+        yield candidate._replace(task="qa", wordings=WORDINGS["emotion"], choices=None)
 
 
 def meld(root, split):
@@ -1003,12 +1130,124 @@ def librisqa_choice(text, answer):
     return Candidate("mcq", choices[number], question=question, choices=choices)
 
 
+def switchboard(root, split):
+    """ROOT/reference/hub5e00.english.000405.stm and a wav for each side, ROOT/wav/sw_4390-A.wav
+    (of the makers' sph: sph2pipe -f wav -p -c 1); SPLIT is eval2000 or its half swbd or callhome"""
+    starts = {"eval2000": ("sw_", "en_"), "swbd": "sw_", "callhome": "en_"}[split]
+    with open(f"{root}/reference/hub5e00.english.000405.stm", encoding="latin-1") as file:
+        lines = [line for line in file if line.startswith(starts)]
+    for line in lines:
+        name, side, speaker, start, end, _, *words = line.split()
+        # Without hesitations and fragments, which stand in parentheses and are not scored.
+        text = re.sub(r"\(+[^()]*\)+|<\w+>", " ", " ".join(words)).lower()
+        start = float(start)
+        end = float(end)
+        yield Candidate("asr", " ".join(text.split()), [f"{root}/wav/{name}-{side}.wav"],
+                        start=start, end=end, seconds=round(end - start, 3),
+                        more={"speaker": speaker},
+                        problem="not to be scored" if "ignore_time_segment" in text else "")
+
+
+def vocalsound(root, split):
+    """ROOT/datafiles/SPLIT.json (tr, val, te) with data, wav, and audio in ROOT/audio_16k or
+    ROOT/audio_44k: f0003_0_cough.wav"""
+    sounds = ["laughter", "sigh", "cough", "throat clearing", "sneeze", "sniff"]
+    for item in read_table(f"{root}/datafiles/{split}.json"):
+        name = os.path.basename(item["wav"])
+        speaker, _, sound = os.path.splitext(name)[0].split("_")
+        places = [f"{root}/audio_16k/{name}", f"{root}/audio_44k/{name}"]
+        yield Candidate("vocal_sound", sound.replace("throatc", "throat c"), places,
+                        choices=sounds, more={"speaker": speaker})
+
+
+def gtzan(root, split):
+    """ROOT/genres/GENRE/GENRE.00000.wav (or .au), or the same in ROOT/genres_original"""
+    genres = ["blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae",
+              "rock"]
+    folder = first_of(f"{root}/genres", f"{root}/genres_original")
+    for genre in genres:
+        for path in sorted(listing(f"{folder}/{genre}").values()):
+            yield Candidate("genre", genre, [path], choices=genres)
+
+
+# The text we have does not name the paper's seven: these are ours.
+INSTRUMENT_FAMILIES = {
+    "voice": "voice|vocal|singer|singing|choir|rapping",
+    "keyboard": "piano|organ|keyboard|harpsichord|accordion",
+    "plucked strings": "guitar|ukulele|banjo|mandolin|harp|sitar",
+    "bowed strings": "violin|viola|cello|fiddle|double bass|string section|string quartet",
+    "wind": "flute|clarinet|oboe|saxophone|trumpet|trombone|horn|brass|harmonica",
+    "percussion": "drum|percussion|cymbal|tabla|conga|bongo|xylophone|marimba",
+    "electronic": "synth|synthesi[sz]er|sampler|theremin",
+}
+
+
+def muchomusic(root, split):
+    """ROOT/data/muchomusic.csv, and audio where the makers' scripts look for it:
+    ROOT/data/sdd/audio/00/415600.2min.mp3, ROOT/data/musiccaps/audio/[YTID]-[30-40].wav; a row has
+    instrument_family where music_knowledge names instrumentation and the answer one family"""
+    clips = f"{root}/data/musiccaps/audio"
+    for cells in read_table(f"{root}/data/muchomusic.csv"):
+        name = cells["dataset_identifier"].removesuffix(".json")
+        if cells["dataset"] == "sdd":
+            places = [f"{root}/data/sdd/audio/{int(name) % 100:02}/{name}.2min.mp3"]
+        else:
+            start = f"[{name.rpartition('_')[0]}]-["
+            found = [path for clip, path in listing(clips).items() if clip.startswith(start)]
+            places = found or [f"{clips}/{start}"]
+        question = cells["question"]
+        answer = cells["correct_answer"]
+        choices = [answer, *(cells[f"distractor_{k}_answer"] for k in (1, 2, 3))]
+        choices.sort(key=lambda choice: digest(name, question, choice))
+
+        keys = ("dataset", "genre", "music_knowledge", "music_reasoning")
+        more = {key: cells[key] for key in keys}
+        families = [family for family, names in INSTRUMENT_FAMILIES.items()
+                    if re.search(rf"\b({names})s?\b", answer, re.I)]
+        if "instrument" in more["music_knowledge"].lower() and len(families) == 1:
+            more["instrument_family"] = families[0]
+        yield Candidate("mcq", answer, places, question, choices=choices, more=more,
+                        choice_prompt=MMAU_PROMPT)
+
+
+def is_in_air_bench_split(cells):
+    names = {"speech": "Spe|Spo|Syn", "sound": "Acoustic|Audio|Sound|vocal", "music": "Music"}
+    return re.match(names[cells["split"]], cells["task_name"])
+
+
+def wavcaps_seconds(cells):
+    return float(cells["duration"])
+
+
 def spgispeech_seconds(cells):
     """A header of 44 bytes, then 16 bits at 16 kHz."""
     return (int(cells["wav_filesize"]) - 44) / 32000
 
 
-CORPORA = {    # name: (candidates, the splits to train on)
+AUDIOCAPS = (["{split}.csv", "dataset/{split}.csv"],    # its audio has no official place
+             ["{split}/{audiocap_id}.wav", "{split}/{youtube_id}.wav",
+              "{split}/{youtube_id}_{start_time}.wav"], ["{caption}"])
+AUDIOCAPS_QUESTIONS = ("What can be heard in the audio?", "Which sounds occur in this clip?",
+                       "Answer the question about the audio. What is happening?")
+
+# Appendix B takes the prompts of lmms-eval; these are those of its version 0.7.3.
+MMAU_PROMPT = "{}\n{lines}\nAnswer with the option's letter from the given choices directly."
+MMAR_PROMPT = """Listen to the audio and answer the following multiple-choice question. \
+Respond with only the letter (A, B, C, or D) of the correct option.
+{}
+{lines}
+The best answer is:"""
+MMSU_PROMPT = """Listen to the audio and answer the following question.
+
+Question: {}
+
+{lines}
+
+Answer with the letter (A, B, C, or D) only."""
+WAVCAPS = {"AudioSet_SL": "as", "BBC_Sound_Effects": "bbc", "FreeSound": "fsd", "SoundBible": "sb"}
+A_TO_D = ["choice_a", "choice_b", "choice_c", "choice_d"]
+
+CORPORA = {    # name: (candidates, the splits to train on, of a benchmark those to score)
     "librispeech": (librispeech, ["train-clean-100", "train-clean-360", "train-other-500"]),
     "common_voice": (common_voice, ["train"]),
     "gigaspeech": (gigaspeech, ["XL"]),
@@ -1018,22 +1257,54 @@ CORPORA = {    # name: (candidates, the splits to train on)
     "spgispeech": (from_table(
         "asr", ["{split}.csv"], ["{split}/{wav_filename}", "spgispeech/{split}/{wav_filename}"],
         ["{transcript}"], quoted=False, seconds=spgispeech_seconds), ["train"]),
-    "audiocaps": (from_table(    # its audio has no official place
-        "caption", ["{split}.csv", "dataset/{split}.csv"],
-        ["{split}/{audiocap_id}.wav", "{split}/{youtube_id}.wav",
-         "{split}/{youtube_id}_{start_time}.wav"], ["{caption}"]), ["train"]),
+    "switchboard": (switchboard, ["eval2000"]),
+    "audiocaps": (from_table("caption", *AUDIOCAPS), ["train"]),
+    "audiocaps_qa": (from_table("qa", *AUDIOCAPS, wordings=AUDIOCAPS_QUESTIONS), ["train"]),
     "clotho": (from_table(
         "caption", ["clotho_captions_{split}.csv"], ["{split}/{file_name}"],
         [f"{{caption_{k}}}" for k in range(1, 6)]), ["development"]),
     "clotho_aqa": (from_table(
         "qa", ["clotho_aqa_{split}.csv"], ["audio_files/{file_name}"],
         ["{answer}"], ["{QuestionText}"]), ["train"]),
+    "wavcaps": (from_table(
+        "caption", [f"json_files/{{split}}/{name}_final.json" for name in WAVCAPS.values()],
+        ["{split}_flac/{id}"], ["{caption}"], seconds=wavcaps_seconds), list(WAVCAPS)),
+    "wavcaps_test": (from_table(    # of AudioLLMs/wavcaps_test; the file is our layout
+        "caption", ["{split}.jsonl"], ["{context}"], ["{answer}"], ["{instruction}"],
+        wordings=["{}"]), ["test"]),
     "iemocap": (iemocap, ["train"]),
+    "iemocap_qa": (iemocap_qa, ["train"]),
     "meld": (meld, ["train"]),
     "librisqa": (librisqa, ["PartI-train", "PartII-train"]),
+    "librisqa_part1": (librisqa, ["PartI-train"]),
+    "librisqa_part2": (librisqa, ["PartII-train"]),
     "musicbench": (from_table(
         "music", ["MusicBench_{split}.json"], ["datashare/{location}", "{location}"],
         ["{main_caption}"]), ["train"]),
+    "vocalsound": (vocalsound, ["te"]),
+    "gtzan": (gtzan, ["all"]),
+    "muchomusic": (muchomusic, ["all"]),
+    "mmau": (from_table(
+        "mcq", ["mmau-{split}.json"], ["{audio_id}"], ["{answer}"], ["{question}"],
+        choices=["choices"], keep=None, choice_prompt=MMAU_PROMPT), ["test-mini"]),
+    "mmar": (from_table(
+        "mcq", ["MMAR-meta.json"], ["{audio_path}"], ["{answer}"], ["{question}"],
+        choices=["choices"], keep=None, choice_prompt=MMAR_PROMPT), ["all"]),
+    "mmsu": (from_table(
+        "mcq", ["question/mmsu.jsonl", "mmsu.jsonl"], ["{audio_path}"], ["{answer_gt}"],
+        ["{question}"], choices=A_TO_D, keep=None, choice_prompt=MMSU_PROMPT), ["all"]),
+    "air_bench": (from_table(
+        "mcq", ["Foundation_meta.json", "Foundation/Foundation_meta.json"],
+        ["{task_name}_{dataset_name}/{path}", "Foundation/{task_name}_{dataset_name}/{path}"],
+        ["{answer_gt}"], ["{question}"], choices=A_TO_D, keep=None, only=is_in_air_bench_split,
+        choice_prompt=MMAU_PROMPT.replace("\nAnswer", "\n\nAnswer")), ["speech", "sound", "music"]),
+    "alpaca_audio": (from_table(    # of AudioLLMs/alpaca_audio_test; the file is our layout
+        "spoken_instruction", ["{split}.jsonl"], ["{context}"], ["{answer}"],
+        wordings=["Please give a detail answer to the question in the audio."],
+        spoken="{speech_instruction}"), ["test"]),
+    "gsqa": (from_table(    # of GSQA/spoken-alpaca-gpt4; the file is our layout
+        "spoken_instruction", ["{split}.jsonl"], ["{input_audio}"], ["{output}"],
+        spoken="{speech_input}"), ["train"]),
     "wildjailbreak": (from_table(
         "text", ["{split}/{split}.tsv"], [],
         ["{completion}"], ["{adversarial}", "{vanilla}"]), ["train"]),
@@ -1052,33 +1323,81 @@ def any_table(args):
     def column(name):
         return [f"{{{name}}}"] if name else []
 
+    if args.choices and not args.prompt:
+        raise InputError("--choices needs --prompt, the column with the questions")
     table = os.path.basename(os.path.abspath(args.root))
     return from_table(args.task, [table], column(args.audio), column(args.response),
-                      column(args.prompt), wordings=["{}"] if args.prompt else ())
+                      column(args.prompt), wordings=["{}"] if args.prompt else (),
+                      choices=[args.choices] if args.choices else [], keep=args.keep)
+
+
+def any_messages(args):
+    """The candidates of a file of conversations of ms-swift, LLaMA-Factory or chat templates."""
+    def candidates(root, split):
+        for item in read_table(os.path.abspath(args.root)):
+            turns = item["messages"]
+            clips = item.get("audios") or item.get("audio") or []
+            clips = [clips] if isinstance(clips, str) else clips
+            texts = [turn["content"] for turn in turns if isinstance(turn["content"], str)]
+            if [turn["role"] for turn in turns] != ["user", "assistant"] or len(texts) != 2:
+                yield Candidate(problem="not of one question and one answer")
+            elif len(clips) > 1:
+                yield Candidate(problem="with several clips")
+            else:
+                yield Candidate(args.task, texts[1], [os.path.join(root, clip) for clip in clips],
+                                texts[0].replace("<audio>", ""), wordings=["{}"])
+
+    candidates.__doc__ = """a file with {"messages": [{"role": "user", "content": ..}, {"role":
+    "assistant", "content": ..}], "audios": [..]} a line or in an array"""
+    return candidates
+
+
+def pitch_class_of(row):
+    """The pitch class with most notes in a clip by basic-pitch: the sum over time of its note
+    posteriorgram where that is above 0.5. None without a note. Raises LeftOut."""
+    from experts import load
+    if row["audio"] is None:
+        return None
+    teacher = load("pitch")
+    try:
+        wave, rate = read_audio(row["audio"], row.get("start"), row.get("end"))
+        wave = at_rate(wave, rate, teacher.sample_rate)
+    except InputError as e:
+        raise LeftOut("with a clip that cannot be used") from e
+    _, notes, _ = teacher.notes(wave)    # (F, 88) from A0
+    strengths = torch.where(notes > 0.5, notes, 0).sum(0)
+    by_class = torch.zeros(12).index_add(0, (torch.arange(88) + 9) % 12, strengths)
+    return PITCH_CLASSES[by_class.argmax()] if by_class.any() else None
 
 
 def convert(args):
     """Rows to stdout; to stderr how many, and how many were left out and why."""
     root = os.path.abspath(args.root)
-    if args.name == "csv":
-        corpus = any_table(args)
-        splits = ["all"]
+    splits = ["all"]
+    if args.name in ANY_FILE:
+        corpus = ANY_FILE[args.name](args)
         root = os.path.dirname(root)    # the audio lies relative to the table
     else:
         corpus, splits = CORPORA[args.name]
     layout = f"{args.name} has to lie as {layout_of(corpus)}"
+    if args.split and splits == ["all"]:
+        raise InputError(f"{args.name} has no splits; leave --split out; {layout}")
     written = 0
+    without_note = 0
     left_out = Counter()
     try:
         for split in args.split or splits:
             for candidate in corpus(root, split):
                 try:
                     row = make_row(candidate)
+                    if args.pitch_class:
+                        row["pitch_class"] = pitch_class_of(row)
                 except LeftOut as e:
                     left_out[str(e)] += 1
                     continue
                 print(json.dumps(row, ensure_ascii=False))
                 written += 1
+                without_note += row.get("pitch_class", "") is None
     except KeyError as e:
         raise InputError(f"nothing is called {e} in '{args.root}'; {layout}") from e
     except (FileNotFoundError, NotADirectoryError) as e:
@@ -1087,9 +1406,13 @@ def convert(args):
         what = str(e).splitlines()[0]
         raise InputError(f"'{args.root}' holds something else ({what}); {layout}") from e
     reasons = "".join(f", {n} {reason}" for reason, n in left_out.most_common())
+    reasons += f"; {without_note} without a note" if args.pitch_class else ""
     print(f"{args.name}: {written} rows, {left_out.total()} left out{reasons}", file=sys.stderr)
     if not written:
         raise InputError(f"no rows in '{args.root}'; {layout}")
+
+
+ANY_FILE = {"csv": any_table, "json": any_table, "messages": any_messages}
 
 
 def check(args):
@@ -1130,21 +1453,26 @@ def parse_flags():
                    help="believe headers and stated lengths, decode nothing")
 
     layouts = [f"{name}: {layout_of(corpus)}" for name, (corpus, _) in CORPORA.items()]
-    p = commands.add_parser("convert", help="the rows of a corpus", formatter_class=raw,
-                            epilog="\n".join(layouts))
+    p = commands.add_parser("convert", help="the rows of a corpus or benchmark",
+                            formatter_class=raw, epilog="\n".join(layouts),
+                            description="The layouts are those of the makers, to our knowledge.")
     p.set_defaults(run=convert)
-    p.add_argument("name", choices=[*CORPORA, "csv"], metavar="NAME",
-                   help=", ".join(CORPORA) + "; csv: any table")
+    p.add_argument("name", choices=[*CORPORA, *ANY_FILE], metavar="NAME",
+                   help=", ".join(CORPORA) + "; csv, json: any table; messages: conversations")
     p.add_argument("root", metavar="ROOT",
-                   help="the folder of the corpus, see below; for csv the table")
-    p.add_argument("--split", nargs="+", help="instead of those to train on")
-    p.add_argument("--audio",
-                   help="csv: column with audio files relative to the table (none: text only)")
-    p.add_argument("--prompt", help="csv: column with prompts (none: our wordings for the task)")
-    p.add_argument("--response", default="response",
-                   help="csv: column with responses (%(default)s)")
-    p.add_argument("--task", default="qa", choices=[task for task in WORDINGS if task != "emotion"],
-                   help="csv: (%(default)s)")
+                   help="the folder of the corpus, see below; for csv, json, messages the file")
+    p.add_argument("--split", nargs="+", help="instead of those to train on or to score")
+    p.add_argument("--pitch-class", action="store_true",
+                   help="add each clip's dominant pitch class by basic-pitch, null without a note")
+    table = p.add_argument_group("csv and json", "--audio etc. name columns, of json keys")
+    table.add_argument("--audio", help="audio files relative to the table (none: text only)")
+    table.add_argument("--prompt", help="prompts (none: our wordings for the task)")
+    table.add_argument("--response", default="response", help="responses (%(default)s)")
+    table.add_argument("--choices", metavar="COLUMN",
+                       help='choices: "a|b|c" or a list; responses: text, letter or number from 0')
+    table.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="further keys")
+    table.add_argument("--task", default="qa", help="of messages, too (%(default)s)",
+                       choices=[task for task in WORDINGS if task not in CLASSES])
     return parser.parse_args()
 
 
