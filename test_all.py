@@ -5,8 +5,8 @@
 
 The first ten are the method of the paper. Then come the files, from model.py to bench.py, then what
 goes wrong: bad input, damaged files, signals, a full disk. Fixtures and helpers stand at the end:
-`coat` is each of the four backbones in turn, the real ones laid out as they are published, but tiny;
-`rows` are four rows of a batch, `trained` and `mixed_runs` runs of train.py.
+`coat` is each of the four backbones in turn, the real ones laid out as published, with next to no
+weights; `rows` are four rows of a batch, `trained` and `mixed_runs` runs of train.py.
 """
 import contextlib
 import copy
@@ -580,31 +580,32 @@ def test_no_constant_answer_costs_less_than_the_best(loss, power):
 
 
 def test_heads_start_at_the_best_constant_answer(two_heads):
-    losses = two_heads.model(two_heads.h, two_heads.valid, two_heads.targets)
-    n_frames = two_heads.valid.sum()
-    for task in ("recon", "pitch"):
-        assert (losses[task] / n_frames).item() == pytest.approx(1, abs=1e-4)
+    expert_heads, h, valid, targets = two_heads
+    losses = expert_heads(h, valid, targets)
+    for task in targets:
+        assert (losses[task] / valid.sum()).item() == pytest.approx(1, abs=1e-4)
     sum(losses.values()).backward()
-    for head in two_heads.model.values():
+    for head in expert_heads.values():
         assert head.out.weight.grad.any()
 
 
 def test_only_the_heads_with_targets_run(two_heads):
-    targets = {"recon": two_heads.targets["recon"]}
-    losses = two_heads.model(two_heads.h, two_heads.valid, targets)
+    expert_heads, h, valid, targets = two_heads
+    losses = expert_heads(h, valid, {"recon": targets["recon"]})
     assert list(losses) == ["recon"]
     losses["recon"].backward()
-    assert two_heads.model["recon"].out.bias.grad.any()
-    assert all(p.grad is None for p in two_heads.model["pitch"].parameters())
+    assert expert_heads["recon"].out.bias.grad.any()
+    assert all(p.grad is None for p in expert_heads["pitch"].parameters())
 
 
 def test_padded_batch_costs_what_its_clips_cost(two_heads):
-    torch.nn.init.normal_(two_heads.model["pitch"].out.weight)
-    together = two_heads.model(two_heads.h, two_heads.valid, two_heads.targets)
+    expert_heads, h, valid, targets = two_heads
+    torch.nn.init.normal_(expert_heads["pitch"].out.weight)
+    together = expert_heads(h, valid, targets)
     alone = dict.fromkeys(together, 0)
-    for i, n in enumerate(two_heads.valid.sum(1).tolist()):
-        targets = {task: z[i:i + 1, :n] for task, z in two_heads.targets.items()}
-        losses = two_heads.model(two_heads.h[i:i + 1, :n], two_heads.valid[i:i + 1, :n], targets)
+    for i, n in enumerate(valid.sum(1).tolist()):
+        of_clip = {task: z[i:i + 1, :n] for task, z in targets.items()}
+        losses = expert_heads(h[i:i + 1, :n], valid[i:i + 1, :n], of_clip)
         alone = {term: alone[term] + loss for term, loss in losses.items()}
     for term, loss in together.items():
         assert_close(loss, alone[term], rtol=1e-4, atol=1e-4)
@@ -612,23 +613,24 @@ def test_padded_batch_costs_what_its_clips_cost(two_heads):
 
 def test_batch_without_audio_gives_every_head_a_gradient_of_zero(two_heads):
     """Of zero, not none: the ranks wait for each other's gradients."""
-    _, valid = model.pad_rows(torch.zeros(0, 6), torch.tensor([0, 0]))
-    targets = {task: z[:, :1] for task, z in two_heads.targets.items()}
-    losses = two_heads.model(two_heads.h[:, :1], valid, targets)
+    expert_heads, h, valid, targets = two_heads
+    targets = {task: z[:, :1] for task, z in targets.items()}
+    losses = expert_heads(h[:, :1], torch.zeros_like(valid[:, :1]), targets)
     assert all(loss.item() == 0 for loss in losses.values())
     sum(losses.values()).backward()
-    for p in two_heads.model.parameters():
+    for p in expert_heads.parameters():
         assert p.grad is not None and not p.grad.any()
 
 
 def test_losses_are_summed_in_fp32_under_autocast(two_heads):
+    expert_heads, *batch = two_heads
     with torch.autocast("cpu", torch.bfloat16):
-        losses = two_heads.model(two_heads.h, two_heads.valid, two_heads.targets)
+        losses = expert_heads(*batch)
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
 
 
 def test_scales_are_saved_with_the_heads(two_heads):
-    names = set(two_heads.model.state_dict())
+    names = set(two_heads[0].state_dict())
     assert {"recon_scale", "pitch_scale", "pitch_aux_scale", "pitch.out.weight"} < names
     assert not any("readout" in name for name in names)
 
@@ -770,9 +772,11 @@ def test_sixth_teacher_is_one_class_and_one_row(monkeypatch, tmp_path):
             return wave.unfold(0, 160, 160).square().mean(1, keepdim=True)
 
     monkeypatch.setitem(EXPERTS, "loudness", Loudness)
-    run("train.py", "--stage", "2:recon,loudness", *QUICK, "--out", tmp_path / "run")
-    first, second = logged(tmp_path / "run", "loudness")
-    assert first != second > 0
+    run("train.py", *QUICK, "--stage", "2:recon=0.3,loudness=0.5", "--out", tmp_path)
+    first, second = log_lines(tmp_path)
+    assert first["loudness"] != second["loudness"] > 0
+    weighted = 0.3 * second["recon"] + 0.5 * second["loudness"]
+    assert second["loss"] == pytest.approx(second["ce"] + weighted)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -879,11 +883,12 @@ def test_manifest_is_drawn_in_whole_passes(mixture):
     assert np.array_equal(plan_stage(source, 50, 12, 5, 1), plan[rng.permutation(50)])
 
 
-def test_targets_of_a_batch_without_audio_are_one_frame_of_zeros(tiny):
+def test_batch_without_audio_has_one_masked_frame_and_targets_of_zero(tiny):
     row = {"prompt": "Say hello.", "response": "hello"}
     batch = collate([row, row], tiny.spec, rates=[teacher("pitch").sample_rate])
     targets = data.teacher_targets({"pitch": teacher("pitch")}, batch)
     assert targets["pitch"].shape == (2, 1, 8 * 264) and not targets["pitch"].any()
+    assert tiny(batch).valid.tolist() == [[False], [False]]
 
 
 def test_targets_are_made_clip_by_clip(tiny):
@@ -1050,8 +1055,8 @@ def test_check_names_what_would_be_skipped(tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------
 # data.py: converters
 
-# Name; files as its makers lay them out (of audio the name alone); splits; task; the rows wanted, as
-# audio, response and what else they hold, where a prompt is the row's own question; what is told.
+# Name; files as its makers lay them out (of audio the name alone); splits; task; the rows wanted:
+# audio, response, what else they hold, where a prompt is the row's own question; what is told.
 LIBRISPEECH = "dev-clean/84/121123/84-121123"
 LIBRISQA = "LibriSpeech/train-clean-360/100/121669/100-121669-0000.flac"
 LIBRISQA_ROW = {"speech_path": "train-clean-360/100/121669/100-121669-0000.wav", "text": "TOM",
@@ -1069,9 +1074,10 @@ DURATIONS = {"clip_durations.tsv": "clip\tduration[ms]\ncommon_voice_en_1.mp3\t3
 
 def gigaspeech(*segments):
     """GigaSpeech.json, with (text, begin, subsets) of the segments of a file."""
-    keys = ("text_tn", "begin_time", "end_time", "subsets")
-    segments = [dict(zip(keys, (text, begin, begin + 2.5, subsets))) for text, begin, subsets in segments]
-    audio = {"aid": "POD1", "path": "audio/podcast/POD1.opus", "segments": segments}
+    audio = {"aid": "POD1", "path": "audio/podcast/POD1.opus", "segments": []}
+    for text, begin, subsets in segments:
+        segment = {"text_tn": text, "begin_time": begin, "end_time": begin + 2.5, "subsets": subsets}
+        audio["segments"].append(segment)
     return json.dumps({"dataset": "GigaSpeech", "audios": [audio]})
 
 
@@ -1110,7 +1116,9 @@ CONVERTERS = [
         "transcribed_data/en/asr_train.tsv":
             "id\traw_text\tnormalized_text\tspeaker_id\tsplit\tgender\n"
             f'{VOXPOPULI}\tSo, "we" agree.\tso "we agree\t1\ttrain\tfemale\n',
-    }, None, "asr", [(f"transcribed_data/en/2018/{VOXPOPULI}.ogg", 'so "we agree', {})], "0 left out"),
+    }, None, "asr", [
+        (f"transcribed_data/en/2018/{VOXPOPULI}.ogg", 'so "we agree', {}),
+    ], "0 left out"),
     *[("spgispeech", {
         f"{folder}/13aa/12.wav": "",
         "train.csv": "wav_filename|wav_filesize|transcript\n"
@@ -1145,22 +1153,22 @@ CONVERTERS = [
         "LibriSQA-PartI/LibriSQA-PartI-train.json": json.dumps([
             LIBRISQA_ROW | {"question": "Who?", "answer": "Tom."}]),
         "LibriSQA-PartII/LibriSQA-PartII-train.json": json.dumps([
-            LIBRISQA_ROW | {"question_and_option": "Who is A. Tom about?\nA. The piper's son B. A king\n"
-                                                   "C) None D: All of the above", "answer": "B"},
-            LIBRISQA_ROW | {"question_and_option": "What?", "answer": "B"}]),
+            LIBRISQA_ROW | {"answer": "B", "question_and_option":
+                            "Who is A. Tom?\nA. A son B. A king\nC) None D: All of the above"},
+            LIBRISQA_ROW | {"answer": "B", "question_and_option": "What?"}]),
     }, None, "qa", [
         (LIBRISQA, "Tom.", {"prompt": "Who?", "seconds": 15.65}),
         (LIBRISQA, "B. A king", {
-            "prompt": "Who is A. Tom about? A. The piper's son B. A king C. None D. All of the above",
-            "choices": ["The piper's son", "A king", "None", "All of the above"],
+            "prompt": "Who is A. Tom? A. A son B. A king C. None D. All of the above",
+            "choices": ["A son", "A king", "None", "All of the above"],
             "task": "mcq", "seconds": 15.65}),
     ], "1 left out, 1 without options A to D and the letter of one"),
     *[("musicbench", {
         f"{folder}data_aug2/-0SdAVK79lg_1.wav": "",
         "MusicBench_train.json": '{"dataset": "MusicBench", "main_caption": "A guitar {solo}.", '
                                  '"location": "data_aug2/-0SdAVK79lg_1.wav"}\n',
-    }, None, "music", [(f"{folder}data_aug2/-0SdAVK79lg_1.wav", "A guitar {solo}.", {})], "0 left out")
-      for folder in ("datashare/", "")],
+    }, None, "music", [(f"{folder}data_aug2/-0SdAVK79lg_1.wav", "A guitar {solo}.", {})],
+        "0 left out") for folder in ("datashare/", "")],
     ("wildjailbreak", {
         "train/train.tsv":
             "vanilla\tadversarial\tcompletion\tdata_type\n"
@@ -1317,7 +1325,7 @@ def test_all_five_experts_train_together(all_five):
     for term in ("recon", "speech", "sound", "affect", "pitch", "pitch_aux"):
         assert 0 < second[term] != first[term] > 0
     saved = safetensors.torch.load_file(folder / "checkpoint-2" / "heads.safetensors")
-    assert {"recon", *EXPERTS} <= {name.split(".")[0] for name in saved}
+    assert {name.split(".")[0] for name in saved if "." in name} == {"recon", *EXPERTS}
 
 
 def test_no_term_begins_a_stage_far_above_the_best_constant_answer(trained, all_five, mixed_runs):
@@ -1332,8 +1340,8 @@ def test_no_term_begins_a_stage_far_above_the_best_constant_answer(trained, all_
 
 
 def test_loss_weighs_the_terms_of_its_stage(tmp_path):
-    stages = ["--stage", "2:recon=0.5,pitch=2:1e-3", "--stage", "1:recon"]
-    run("train.py", *stages, "--w-pitch-aux", 0.25, *QUICK, "--out", tmp_path)
+    run("train.py", *QUICK, "--stage", "2:recon=0.5,pitch=2:1e-3", "--stage", "1:recon",
+        "--w-pitch-aux", 0.25, "--out", tmp_path)
     first, second, third = log_lines(tmp_path)
     for line in (first, second):
         terms = 0.5 * line["recon"] + 2 * line["pitch"] + 2 * 0.25 * line["pitch_aux"]
@@ -1355,8 +1363,8 @@ def test_ranks_with_different_numbers_of_usable_rows_are_one_batch(tmp_path):
     for i in [*plan[0][[1, 5]], *plan[1][1::2]]:    # micro-batches of 1 go to the ranks in turn
         nan = np.full(round(seconds[i] * 16000), np.nan)
         wav(tmp_path, f"{i}.wav", nan, subtype="FLOAT")
-    flags = ["--data", rows, "--stage", "2:recon,pitch", "--batch", 10, "--micro-batch", 1,
-             "--calibrate", 10, "--workers", 0]
+    flags = [*QUICK, "--data", rows, "--stage", "2:recon,pitch", "--batch", 10, "--micro-batch", 1,
+             "--calibrate", 10]
     ended(*two_ranks(tmp_path / "log", *flags, "--out", tmp_path / "two"))
     run("train.py", *flags, "--out", tmp_path / "one")
     assert logged(tmp_path / "two", "skipped") == logged(tmp_path / "one", "skipped") == [2, 7]
@@ -1367,8 +1375,8 @@ def test_ranks_with_different_numbers_of_usable_rows_are_one_batch(tmp_path):
 
 def test_new_run_can_begin_with_what_another_has_learned(trained, tmp_path):
     """With its adapter and heads, which a rate of next to nothing leaves as they are."""
-    run("train.py", "--init-from", trained.folder, "--data", "tones:louder,note",
-        "--stage", "1:recon,pitch:1e-30", *QUICK, "--out", tmp_path)
+    run("train.py", *QUICK, "--init-from", trained.folder, "--stage", "1:recon,pitch:1e-30",
+        "--out", tmp_path)
     for name in ("adapter_model", "heads"):
         ours = safetensors.torch.load_file(tmp_path / f"checkpoint-1/{name}.safetensors")
         theirs = safetensors.torch.load_file(trained.folder / f"checkpoint-60/{name}.safetensors")
@@ -1383,7 +1391,7 @@ def test_new_run_can_begin_with_what_another_has_learned(trained, tmp_path):
 
 
 def test_checkpointing_changes_no_step(tmp_path):
-    flags = ["--data", "tones:note", "--stage", "2:recon", *QUICK]
+    flags = [*QUICK, "--stage", "2:recon"]
     run("train.py", *flags, "--out", tmp_path / "plain")
     run("train.py", *flags, "--checkpointing", "--out", tmp_path / "flag")
     np.testing.assert_allclose(logged(tmp_path / "flag"), logged(tmp_path / "plain"), rtol=1e-6)
@@ -1391,18 +1399,17 @@ def test_checkpointing_changes_no_step(tmp_path):
 
 def test_rows_of_text_alone_train_and_log_nothing_of_the_experts(tmp_path):
     rows = jsonl(tmp_path / "text.jsonl", 4, audio=None, seconds=None)
-    run("train.py", "--data", rows, "--stage", "2:recon", *QUICK, "--out", tmp_path / "run")
-    assert logged(tmp_path / "run", "recon") == [None, None]
-    assert logged(tmp_path / "run")[1] > 0
-    assert os.path.getsize(tmp_path / "run" / "losses.png") > 5000
+    run("train.py", *QUICK, "--data", rows, "--stage", "2:recon", "--out", tmp_path)
+    assert logged(tmp_path, "recon") == [None, None]
+    assert logged(tmp_path)[1] > 0
+    assert os.path.getsize(tmp_path / "losses.png") > 5000
 
 
 def test_tensorboard_gets_the_log(tmp_path, monkeypatch):
     board = types.ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = unittest.mock.Mock()
     monkeypatch.setitem(sys.modules, board.__name__, board)
-    run("train.py", "--data", "tones:note", "--stage", "2:recon", *QUICK, "--tensorboard",
-        "--out", tmp_path)
+    run("train.py", *QUICK, "--stage", "2:recon", "--tensorboard", "--out", tmp_path)
     written = {call.args for call in board.SummaryWriter().add_scalar.call_args_list}
     assert {("loss", loss, step) for step, loss in enumerate(logged(tmp_path), 1)} < written
 
@@ -1457,8 +1464,9 @@ FEELINGS = ["angry", "happy", "very happy", "sad"]
     ("B. happy", FEELINGS, "happy"), ("B) happy", FEELINGS, "happy"),
     ("**B.** happy", FEELINGS, "happy"), ("The answer is B.", FEELINGS, "happy"),
     ("very  happy", FEELINGS, "very happy"), ("Answer: (C) very happy", FEELINGS, "very happy"),
-    ("she is very happy", FEELINGS, "very happy"), ("The speaker sounds sad to me", FEELINGS, "sad"),
-    ("B. angry", FEELINGS, None), ("angry or sad", FEELINGS, None), ("unhappy", FEELINGS, None),
+    ("she is very happy", FEELINGS, "very happy"),
+    ("The speaker sounds sad to me", FEELINGS, "sad"), ("B. angry", FEELINGS, None),
+    ("angry or sad", FEELINGS, None), ("unhappy", FEELINGS, None),
     ("", FEELINGS, None), ("E", FEELINGS, None), ("A man is heard", FEELINGS, None),
     ("bored", FEELINGS, None),
     ("B", list("CDEFGAB"), "B"), ("C# major", ["C major", "C# major"], "C# major"),
@@ -1561,7 +1569,8 @@ def test_score_counts_what_it_leaves_out(trained, tmp_path, bad_clips):
     rows = [row | {"audio": path} for path in bad_clips.values()]
     rows += [row | {"audio": good, "response": text} for text in ("a word", "<SIL>")]
     path = write_lines(tmp_path / "bad.jsonl", rows)
-    result = last_json(run("infer.py", "score", trained.folder, path, "--out", tmp_path / "out", *SCORE))
+    score = ["score", trained.folder, path, "--out", tmp_path / "out", *SCORE]
+    result = last_json(run("infer.py", *score))
     assert result["skipped"] == {"over 120 s": 1, "unusable": len(bad_clips) - 1}
     wer, = result["results"]
     assert wer["rows"] == 1 and "1 empty reference" in wer["note"]
@@ -1866,7 +1875,8 @@ def test_folder_of_something_else_is_refused_in_one_line(name, hub, tmp_path):
 @pytest.mark.parametrize("name", REAL)
 def test_folder_without_one_of_its_files_is_refused_in_one_line(name, hub, tmp_path):
     without = {"config.json": "no config.json", "model.safetensors": "model.safetensors",
-               "preprocessor_config.json": "feature extractor", "tokenizer*": "tokenizer is missing"}
+               "preprocessor_config.json": "feature extractor",
+               "tokenizer*": "tokenizer is missing"}
     if LAYOUTS[name].template:
         without["chat_template*"] = "no chat template"
     for pattern, words in without.items():
@@ -1961,8 +1971,8 @@ def test_download_of_a_wrong_digest_is_refused(tmp_path, monkeypatch):
 
 
 def test_missing_teacher_stops_a_run_before_its_first_step(tmp_path):
-    error = run("train.py", "--data", "tones:note", "--stage", "2:all", *QUICK, "--teacher-speech",
-                tmp_path / "no.pt", "--out", tmp_path / "run", fails=True)
+    error = run("train.py", *QUICK, "--stage", "2:all", "--teacher-speech", tmp_path / "no.pt",
+                "--out", tmp_path / "run", fails=True)
     assert "no.pt" in error and not os.path.exists(tmp_path / "run")
 
 
@@ -1984,12 +1994,13 @@ def test_error_ends_a_program_in_one_line_without_traceback(bad_clips):
     assert line.startswith("error: cannot decode") and "text.wav" in line
 
 
-def test_out_of_memory_is_one_line_with_what_needs_less(capsys, monkeypatch):
+def test_out_of_memory_is_one_line_with_the_flags_that_need_less(capsys, monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    model.one_line_errors(less_memory="--micro-batch 1")
+    run("train.py", "--data", "nowhere.jsonl", fails=True)    # it sets the hook
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 1 GiB.")
     sys.excepthook(type(error), error, None)
-    assert re.fullmatch("error: CUDA out of memory; .*--micro-batch 1\n", capsys.readouterr().err)
+    words = "error: CUDA out of memory; .*--micro-batch 1, --checkpointing.*\n"
+    assert re.fullmatch(words, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("program, flags, words", [
@@ -2064,12 +2075,12 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         save(*args)
 
     monkeypatch.setattr(torch, "save", full)
-    flags = ["--data", "tones:note", "--stage", "4:recon", "--stage", "4:recon,pitch", *QUICK]
-    error = run("train.py", *flags, "--save-every", 2, "--out", tmp_path / "run", fails=True)
+    error = run("train.py", *QUICK, "--stage", "4:recon", "--stage", "2:recon,pitch",
+                "--save-every", 2, "--out", tmp_path, fails=True)
     assert "No space left" in error
-    assert [path.name for path in tmp_path.glob("run/checkpoint*")] == ["checkpoint-2"]
-    run("train.py", "--resume", tmp_path / "run")
-    assert logged(tmp_path / "run", "step") == list(range(1, 9))
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
+    run("train.py", "--resume", tmp_path)
+    assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
 
 
 def test_run_stopped_by_a_signal_saves_and_goes_on(tmp_path, monkeypatch):
@@ -2079,18 +2090,17 @@ def test_run_stopped_by_a_signal_saves_and_goes_on(tmp_path, monkeypatch):
         save(*args)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    flags = ["--data", "tones:note", "--stage", "4:recon", *QUICK, "--save-every", 2]
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", stopping)
-        printed = run("train.py", *flags, "--out", tmp_path / "run")
+        printed = run("train.py", *QUICK, "--stage", "4:recon", "--save-every", 2, "--out", tmp_path)
     assert "stopped after step 2; go on with" in printed
-    run("train.py", "--resume", tmp_path / "run")
-    assert logged(tmp_path / "run", "step") == [1, 2, 3, 4]
+    run("train.py", "--resume", tmp_path)
+    assert logged(tmp_path, "step") == [1, 2, 3, 4]
 
 
 def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
-    flags = ["--data", "tones:note", "--stage", "999:recon", *QUICK, "--workers", 1]
-    process = start(train_in_a_group, tmp_path / "log", *flags, "--out", tmp_path / "run")
+    process = start(train_in_a_group, tmp_path / "log", *QUICK, "--stage", "999:recon",
+                    "--workers", 1, "--out", tmp_path / "run")
     while process.is_alive() and "step 3/" not in open(process.log).read():
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
@@ -2101,15 +2111,14 @@ def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_with_the_rows_and_keeps_the_last_good_step(tmp_path):
-    error = run("train.py", "--data", "tones:note", "--stage", "4:recon:1e30", *QUICK,
-                "--out", tmp_path, fails=True)
+    error = run("train.py", *QUICK, "--stage", "4:recon:1e30", "--out", tmp_path, fails=True)
     found = re.search(r"step (\d+): the loss is not finite; rows \[(\d+, ){3}\d+\]", error)
     assert os.path.exists(tmp_path / f"checkpoint-{int(found[1]) - 1}" / "state.pt")
 
 
 def test_start_that_came_to_no_checkpoint_can_be_begun_anew(tmp_path):
     (tmp_path / "log.jsonl").write_text("of a run that was killed before its first checkpoint")
-    run("train.py", "--data", "tones:note", "--stage", "1:recon", *QUICK, "--out", tmp_path)
+    run("train.py", *QUICK, "--stage", "1:recon", "--out", tmp_path)
     assert logged(tmp_path, "step") == [1]
 
 
@@ -2156,8 +2165,8 @@ def test_resume_refuses_a_torn_checkpoint(short_run):
 # Harness: backbones. Folders laid out like the real ones on the hub: the real classes, towers with
 # their real windows, random weights of next to no width, and a byte-level tokenizer.
 
-# What the released templates render for text and audio (Omni's without pictures and video; AF3's puts
-# the sound first wherever it stands). Qwen2-Audio's is in its processor class.
+# What the released templates render for text and audio (Omni's without pictures and video; AF3's
+# puts the sound first wherever it stands). Qwen2-Audio's is in its processor class.
 TEMPLATE = """{% if messages[0]['role'] != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
 {% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}
@@ -2393,7 +2402,7 @@ class AcrossFrames(torch.nn.Conv1d):
 
 @pytest.fixture
 def two_heads():
-    """Calibrated heads of two tasks with a padded batch of two clips."""
+    """Calibrated heads of two tasks, and a padded batch of two clips: states, valid, targets."""
     lengths = torch.tensor([9, 5])
     readout = AcrossFrames(6, 4, 3, padding=1).requires_grad_(False)
     expert_heads = heads.ExpertHeads(64, {"recon": 8, "pitch": 6}, {"pitch": readout})
@@ -2402,8 +2411,7 @@ def two_heads():
         clips = [3 * torch.randn(n, dim) + 1 for n in lengths]
         expert_heads.calibrate(task, clips)
         targets[task], valid = model.pad_rows(torch.cat(clips), lengths)
-    h = torch.randn(2, 9, 64)
-    return SimpleNamespace(model=expert_heads, h=h, valid=valid, targets=targets)
+    return expert_heads, torch.randn(2, 9, 64), valid, targets
 
 
 # Sizes of the emotion2vec of the reference numbers
@@ -2411,8 +2419,8 @@ TINY = dict(dim=256, prenet=3, depth=2, tokens=5, scale_heads=4)
 
 
 def fill(key, shape):
-    """What the reference implementations' parameters were filled with: seeded by their official name,
-    scaled by their kind."""
+    """What the reference implementations' parameters were filled with: seeded by their official
+    name, scaled by their kind."""
     r = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
     if key.endswith("running_var"):
         return 1 + 0.1 * r.abs()
@@ -2646,8 +2654,8 @@ def convert(capsys, name, root, split=None, **flags):
 # --------------------------------------------------------------------------------------------------
 # Harness: programs run in this process, since starting Python and its imports takes 4 s
 
-QUICK = ["--batch", 4, "--calibrate", 4, "--workers", 0, "--heldout", 0]    # train.py
-SCORE = ["--workers", 0, "--max-new-tokens", 4, "--batch", 4]               # infer.py score
+QUICK = ["--data", "tones:note", "--batch", 4, "--calibrate", 4, "--workers", 0, "--heldout", 0]
+SCORE = ["--workers", 0, "--max-new-tokens", 4, "--batch", 4]
 
 
 @pytest.fixture(autouse=True)
@@ -2819,8 +2827,8 @@ def judge(replies):
 
 
 # --------------------------------------------------------------------------------------------------
-# Harness: programs run in other processes. They fork from a server that has the imports done; a fork
-# of this process, which has used its threads, could not train.
+# Harness: programs run in other processes. They fork from a server that has the imports done; a
+# fork of this process, which has used its threads, could not train.
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["test_all"])
@@ -2889,11 +2897,10 @@ def train_and_die(*args):
 
 @pytest.fixture(scope="session")
 def all_five(tmp_path_factory):
-    """(process, folder) of a run with all experts. It takes 2 GB, and ten seconds beside `trained`."""
+    """(process, folder) of a run with all experts: 2 GB, and ten seconds beside `trained`."""
     folder = tmp_path_factory.mktemp("all_five")
-    process = start(train, folder / "log", "--data", "tones:note", "--stage", "2:all", "--batch", 2,
-                    "--calibrate", 2, "--workers", 0, "--heldout", 0, "--random-teachers",
-                    "--out", folder / "run")
+    process = start(train, folder / "log", *QUICK, "--stage", "2:all", "--batch", 2,
+                    "--calibrate", 2, "--random-teachers", "--out", folder / "run")
     return process, folder / "run"
 
 
@@ -2927,7 +2934,7 @@ def finished(tmp_path_factory):
     """A folder with three clips, rows.jsonl and a run of two steps over them, and its flags."""
     folder = tmp_path_factory.mktemp("finished")
     manifest(folder, [0.4, 0.5, 0.6])
-    flags = ["--data", "rows.jsonl", "--stage", "2:recon", *QUICK, "--out", "run"]
+    flags = [*QUICK, "--data", "rows.jsonl", "--stage", "2:recon", "--out", "run"]
     with contextlib.chdir(folder):
         run("train.py", *flags)
     return folder, flags
