@@ -8,6 +8,8 @@
 Every loss is given relative to the best constant answer: 1.0 is an answer that ignores the audio, 0.0 is the teacher
 itself. That is also what "compensates for differences in output scale" (appendix A).
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -78,9 +80,11 @@ def bce(logits, q):
     return F.binary_cross_entropy_with_logits(logits, q, reduction="none") - entropy
 
 
-def focal_bce(logits, q):
-    """|q - p|^gamma * BCE(p, q): the focal loss where q is 0 or 1, and 0 when p = q."""
-    weight = (q - logits.sigmoid()).abs().pow(FOCAL_GAMMA)
+def focal_bce(logits, q, gamma=FOCAL_GAMMA):
+    """|q - p|^gamma * BCE(p, q): the focal loss where q is 0 or 1, and 0 when p = q. gamma 0: `bce`."""
+    if gamma == 0:
+        return bce(logits, q)
+    weight = (q - logits.sigmoid()).abs().pow(gamma)
     return weight * F.binary_cross_entropy_with_logits(logits, q, reduction="none")
 
 
@@ -104,8 +108,8 @@ def terms(task):
 def best_constant(loss, target):
     """(frames, dim) -> (1, dim), the constant answer with the least loss: of `mse` the mean, of the others logits.
 
-    Both `bce` and `focal_bce` are convex in the probability p, so halving an interval by the sign of their slope finds
-    it. For `bce` that is the logit of the mean; for `focal_bce` it is not."""
+    Both `bce` and `focal_bce` (gamma from 1) are convex in the probability p, so halving an interval by the sign of
+    their slope finds it. For `bce` that is the logit of the mean; for `focal_bce` it is not."""
     if loss is mse:
         return target.mean(0, keepdim=True)
     low = torch.full_like(target[:1], -20.0)
@@ -126,11 +130,14 @@ class ExpertHeads(nn.ModuleDict):
     d           hidden size of the backbone
     dims        {task: e_k}
     readouts    {task: frozen output layer of the teacher, to logits}, for the terms that compare there
-    kind, width as in ProjectionHead"""
+    kind, width as in ProjectionHead
+    focal_gamma of the focal-BCE; 0 makes it plain BCE"""
 
-    def __init__(self, d, dims, readouts=None, kind="transformer", width=None):
+    def __init__(self, d, dims, readouts=None, kind="transformer", width=None,
+                 focal_gamma=FOCAL_GAMMA):
         super().__init__({task: ProjectionHead(d, dim, kind, width) for task, dim in dims.items()})
         self.readouts = readouts or {}    # parts of the teachers, neither trained nor saved here
+        self.focal_gamma = focal_gamma
         for task in dims:
             for term in terms(task):      # what the best constant answer costs; saved with the heads
                 self.register_buffer(f"{term}_scale", torch.ones(()))
@@ -149,11 +156,20 @@ class ExpertHeads(nn.ModuleDict):
                     losses[term] = value.sum() / getattr(self, f"{term}_scale")
         return losses
 
+    def losses_of(self, task):
+        """{term: (loss, compares readouts?)} of a task, with this run's gamma."""
+        losses = {}
+        for term, (loss, on_readout) in terms(task).items():
+            if loss is focal_bce:
+                loss = functools.partial(focal_bce, gamma=self.focal_gamma)
+            losses[term] = (loss, on_readout)
+        return losses
+
     def frame_losses(self, task, z_hat, z, valid):
         """{term: (frames,) mean over the dimensions}; gradients flow through the frozen readout (section 3.3.2)."""
         losses = {}
         z_hat = z_hat * valid[..., None]    # the readout of pitch looks past a clip's end: at zeros
-        for term, (loss, on_readout) in terms(task).items():
+        for term, (loss, on_readout) in self.losses_of(task).items():
             if on_readout:
                 readout = self.readouts[task]
                 losses[term] = loss(readout(z_hat)[valid], readout(z)[valid].sigmoid()).mean(-1)
@@ -167,7 +183,7 @@ class ExpertHeads(nn.ModuleDict):
 
         clips   [(L, E)] the teacher's features, one a clip"""
         z = torch.cat(clips).float()
-        for term, (loss, on_readout) in terms(task).items():
+        for term, (loss, on_readout) in self.losses_of(task).items():
             target = z
             if on_readout:
                 target = torch.cat([self.readouts[task](clip.float()).sigmoid() for clip in clips])

@@ -29,6 +29,7 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
@@ -333,15 +334,18 @@ class Output(NamedTuple):
 
 
 class CoAT(nn.Module):
-    """A backbone with the thinking tokens. `lm`: a transformers model or a PeftModel around it."""
+    """A backbone with the thinking tokens. `lm`: a transformers model or a PeftModel around it.
 
-    def __init__(self, lm, processor, name, model_path, think_ids):
+    think       whether its prompts have the block: it was, or is to be, trained with it"""
+
+    def __init__(self, lm, processor, name, model_path, think_ids, think=True):
         super().__init__()
         self.lm = lm
         self.processor = processor
         self.name = name
         self.model_path = model_path
         self.think_ids = think_ids
+        self.think = think
         self.backbone = BACKBONES[name]
         suppressed_ids = torch.tensor(think_ids, device=lm.device)
         self.register_buffer("suppressed_ids", suppressed_ids, persistent=False)
@@ -407,7 +411,8 @@ class CoAT(nn.Module):
     def forward(self, batch):
         """-> Output. Logits, the larger half at 156,032 ids, are computed at the response alone."""
         h, embeds = self.states(batch, use_cache=False)    # (B, T, D) each
-        think_states, valid = pad_rows(h[batch["think_mask"]], batch["n_audio"])
+        n_think = batch["think_mask"].sum(1)               # n_audio, or 0 without the block
+        think_states, valid = pad_rows(h[batch["think_mask"]], n_think)
         audio_embeds, _ = pad_rows(embeds.detach()[batch["audio_mask"]], batch["n_audio"])
         targets = batch["labels"][:, 1:]
         is_target = targets != IGNORE
@@ -510,24 +515,36 @@ class CoAT(nn.Module):
         return [text.strip() for text in texts]
 
     def merge(self):
-        """Folds the adapter into the weights: the same function, without its cost at each step."""
+        """Folds the adapter into the weights, in fp32: the same function, but for one rounding to
+        the weights' dtype, without the adapter's cost at each step."""
         self.eval()    # ends checkpoint_activations, which would drop the cache
         for layer in self.hf.model.language_model.layers:
             layer._compiled_call_impl = None    # ends compile_layers, which would compile anew
         if isinstance(self.lm, peft.PeftModel):
-            self.lm = self.lm.merge_and_unload()
+            for module in self.lm.modules():
+                if isinstance(module, LoraLayer):    # peft would round the update before adding it
+                    weight = module.base_layer.weight
+                    dtype = weight.dtype
+                    weight.data = weight.data.float()
+                    module.merge()
+                    weight.data = weight.data.to(dtype)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="All adapters are already merged")
+                self.lm = self.lm.merge_and_unload()    # and the rows of the three tokens
         return self
 
     def save(self, folder):
         """Writes a plain PEFT adapter or, once merged, a plain transformers model, with the
-        processor, and in coat.json which backbone they belong to."""
+        processor, and in coat.json which backbone they belong to and whether prompts have the
+        block."""
         if isinstance(self.lm, peft.PeftModel):
             self.lm.save_pretrained(folder, save_embedding_layers=False)
         else:
             self.save_merged(folder)
         self.processor.save_pretrained(folder)
         with open(os.path.join(folder, "coat.json"), "w") as file:
-            json.dump({"backbone": self.name, "model_path": self.model_path}, file)
+            json.dump({"backbone": self.name, "model_path": self.model_path, "think": self.think},
+                      file)
 
     def save_merged(self, folder):
         """The plain model, in whose settings transformers' generate finds what `stream` does."""
@@ -558,21 +575,35 @@ def load_coat(name=None, adapter=None, model_path=None, trainable=False, device=
     name       may be left out with an adapter, whose coat.json knows it
     adapter    a folder that CoAT.save wrote; without one there is LoRA (new) only if trainable
     trainable  the adapters and the rows of the three tokens get gradients, in fp32
-    Raises InputError on an unknown name or files that cannot be read."""
+    Its prompts have the block if coat.json says so, or if it is to be trained; a bare backbone
+    has none. Raises InputError on an unknown name or files that cannot be read."""
+    think = trainable
     if adapter:
         check_files(adapter, ["coat.json", *ADAPTER_FILES],
                     "give a checkpoint folder that train.py wrote")
-        with open(os.path.join(adapter, "coat.json")) as file:
-            trained = json.load(file)
+        trained = read_coat_json(adapter)
         name = name or trained["backbone"]
         model_path = model_path or trained["model_path"]
+        think = trained["think"]
+    elif not trainable and model_path and os.path.isfile(os.path.join(model_path, "coat.json")):
+        think = read_coat_json(model_path)["think"]
     lm, processor = load_backbone(name, model_path, device, dtype, random)
     think_ids = add_think_tokens(lm, processor.tokenizer)
     if adapter:
         lm = load_adapter(lm, adapter, name, trainable)
     elif trainable:
         lm = add_adapters(lm, BACKBONES[name], think_ids)
-    return CoAT(lm, processor, name, model_path, think_ids)
+    if trainable:
+        for module in lm.modules():
+            if isinstance(module, LoraLayer):    # autocast casts; in fp32 the input would be saved twice
+                module.cast_input_dtype_enabled = False
+    return CoAT(lm, processor, name, model_path, think_ids, think)
+
+
+def read_coat_json(folder):
+    """{"backbone", "model_path", "think"} of a folder that CoAT.save wrote."""
+    with open(os.path.join(folder, "coat.json")) as file:
+        return json.load(file)
 
 
 def load_backbone(name, model_path=None, device="cpu", dtype=None, random=False):
@@ -731,6 +762,8 @@ def load_adapter(lm, folder, name, trainable=False):
         loaded = lm.load_adapter(folder, "default", is_trainable=trainable)
         if loaded.missing_keys:    # PeftModel.from_pretrained would only warn
             raise ValueError(f"it has no {loaded.missing_keys[0]}")
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(
@@ -776,7 +809,7 @@ def load_text_think(name, folder, model_path=None, device="cpu", dtype=None):
                          f"{name} has not, such as {unknown[0]}; it belongs to another model")
     lm = load_adapter(lm, folder, name)
     think_ids = add_think_tokens(lm.get_base_model(), processor.tokenizer)
-    return CoAT(lm, processor, name, model_path, think_ids).merge()
+    return CoAT(lm, processor, name, model_path, think_ids, think=False).merge()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -838,8 +871,14 @@ def need(module, package):
         raise InputError(f"this needs {package}; pip install {package}") from e
 
 
-def usable_device(name):
-    """The torch.device called `name`. Raises InputError if this machine cannot use it."""
+def usable_device(name=None, backbone="tiny"):
+    """The torch.device called `name`; without a name the GPU or, for tiny alone, else the CPU.
+
+    Raises InputError if this machine cannot use it."""
+    if name is None and not torch.cuda.is_available() and backbone != "tiny":
+        raise InputError(f"torch {torch.__version__} finds no GPU for {backbone} (CUDA 13 needs driver "
+                         "580 or later); to go on without one, in fp32, say cpu as device")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -848,6 +887,9 @@ def usable_device(name):
         raise InputError(f"device {name}: give cpu or cuda")
     if device.type == "cuda":
         torch.cuda.set_device(device)    # streams, graphs and memory figures are those of this one
+        # With a mask and some lengths the backward pass of cuDNN's attention, which torch 2.11 prefers
+        # on Hopper and later, gives NaN (pytorch issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

@@ -12,6 +12,7 @@ losses.png and checkpoint-STEP/: a plain PEFT adapter with the tokenizer, the he
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import json
 import math
@@ -54,6 +55,7 @@ DEFAULTS = {"tiny": dict(
 FREE_FLAGS = {"resume", "out", "save_every", "keep", "workers", "device", "heldout", "tensorboard"}
 # What the adapter and the heads of a run fit.
 MODEL_FLAGS = ("backbone", "head", "head_width")
+MAX_LOST = 5    # steps in a row that cannot be taken
 # Dense bf16 peaks by the vendor's datasheets, FLOP/s, for the log's MFU.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
@@ -78,7 +80,10 @@ def build_parser():
         "new optimizer: other data or flags for a further stage")
     add("--stage", action="append", help="once a stage, STEPS:EXPERTS or STEPS:EXPERTS:LR, an expert "
         "with its weight: 500:recon,pitch=0.5:2e-4; also all, or none; None: 100000:recon, 100000:all")
+    add("--no-think", action="store_true", help="no thinking block, so no experts: plain fine-tuning, "
+        "the first row of table 4")
     add("--w-pitch-aux", type=float, default=1.0, help="of the focal-BCE inside L_pitch (3.3.2)")
+    add("--focal-gamma", type=float, default=2.0, help="of that focal-BCE: 0 is plain BCE, else from 1")
     add("--lr", type=float, default=1e-4, help="learning rate of a stage that names none")
     add("--batch", type=at_least(1), default=16, help="rows a step, over all ranks")
     add("--micro-batch", type=at_least(1), help="rows at once on a rank; None: all of its share")
@@ -108,7 +113,7 @@ def add_upkeep(add):
     add("--save-every", type=at_least(1), default=1000, help="steps between checkpoints")
     add("--keep", type=at_least(1), default=2, help="how many checkpoints stay")
     add("--workers", type=at_least(0), default=2, help="data processes a rank")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--device", help="cpu or cuda; None: the GPU, or for tiny the CPU if there is none")
     add("--threads", type=at_least(1), help="CPU threads of a rank; sums, and so a resumed run, "
         "depend on them in the last bit")
     add("--heldout", type=at_least(0), default=60, help="held-out rows of each kind of tone "
@@ -130,6 +135,9 @@ def read_flags():
     else from DEFAULTS of the backbone, else from the parser. Raises InputError."""
     parser = build_parser()
     given = parser.parse_args()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))    # torchrun --max-restarts
+    if restarted and given.out and checkpoint_steps(given.out):
+        given.resume = given.out
     if given.backbone not in BACKBONES:
         raise InputError(f"--backbone {given.backbone}: there are {', '.join(BACKBONES)}")
     if given.resume:
@@ -147,7 +155,11 @@ def read_flags():
     saved = DEFAULTS.get(backbone, {}) | saved
     parser.set_defaults(**saved | {"stage": None})    # a default list would be appended to
     args = parser.parse_args()
-    args.stage = args.stage or saved.get("stage") or ["100000:recon", "100000:all"]
+    args.resume = given.resume
+    if not args.stage:
+        args.stage = saved.get("stage") or ["100000:recon", "100000:all"]
+        if args.no_think and not args.resume:
+            args.stage = [stage.split(":")[0] + ":none" for stage in args.stage]
     changed = [f"--{name.replace('_', '-')} (was {saved[name]}, now {getattr(args, name)})"
                for name in sorted(fixed) if getattr(args, name) != saved[name]]
     if changed:
@@ -186,6 +198,9 @@ def parse_stage(text, args):
             f"--stage {text}: give STEPS:EXPERTS or STEPS:EXPERTS:LR with EXPERTS from "
             f"{','.join(EVERY_EXPERT)}, each perhaps with a weight as in pitch=0.5, or all, or none; "
             "weights and LR, or --lr, are numbers above 0") from e
+    if args.no_think and task_weights:
+        raise InputError(f"--stage {text}: without the thinking block there is nothing for experts to "
+                         f"teach; give {steps}:none with --no-think")
     weights = {}
     for task, weight in task_weights.items():
         for term in terms(task):
@@ -203,6 +218,8 @@ def prepare(args, world):
     if args.batch % (micro * world):
         raise InputError(f"--batch {args.batch} is not a multiple of {world} ranks times "
                          f"--micro-batch {micro}")
+    if not (args.focal_gamma == 0 or 1 <= args.focal_gamma < math.inf):
+        raise InputError(f"--focal-gamma {args.focal_gamma}: give 0, or a number from 1")
     if args.resume and not checkpoint_steps(args.out):
         raise InputError(f"'{args.out}' holds no checkpoint yet; start anew with --out {args.out} and "
                          "the flags in its config.json")
@@ -214,13 +231,21 @@ def prepare(args, world):
 class Ranks:
     """The processes that torchrun started, by the variables it sets; without it there is one."""
 
-    def __init__(self, device):
+    def __init__(self, device, backbone):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        local = os.environ.get("LOCAL_RANK", 0)
-        self.device = usable_device(f"cuda:{local}" if device == "cuda" else device)
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = device or ("cuda" if torch.cuda.is_available() else None)
+        if device == "cuda" and self.world > 1:
+            n_gpus = torch.cuda.device_count()
+            if local >= n_gpus:
+                raise InputError(f"rank {local} has no GPU of its own, there are {n_gpus}; say "
+                                 f"--nproc-per-node {n_gpus}")
+            device = f"cuda:{local}"
+        self.device = usable_device(device, backbone)
+        if self.world > 1:    # rank 0 calibrates and saves while the others wait
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(hours=2))
 
     def sum(self, *numbers):
         """Sums over the ranks, as floats."""
@@ -278,6 +303,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     step: int = 0
     skipped: int = 0        # rows that could not be used
+    lost: int = 0           # steps that were not taken, and
+    lost_in_a_row: int = 0
 
     def __post_init__(self):
         self.stop = []      # filled by SIGTERM
@@ -310,14 +337,15 @@ def build_models(args, tasks, device, adapter):
     """(CoAT, {task: teacher}, ExpertHeads); the same seed on every rank gives the same new weights."""
     torch.manual_seed(args.seed)
     coat = load_coat(args.backbone, adapter, args.model_path, trainable=True, device=device)
+    coat.think = not args.no_think
     experts = {}
     for task in tasks:
         if task != "recon":
             experts[task] = load(task, getattr(args, f"teacher_{task}"), device, args.random_teachers)
     d = coat.hf.config.get_text_config().hidden_size
     dims = {task: experts[task].dim if task in experts else d for task in tasks}
-    readouts = {task: getattr(expert, "readout", None) for task, expert in experts.items()}
-    heads = ExpertHeads(d, dims, readouts, args.head, args.head_width).to(device)
+    readouts = {task: expert.readout for task, expert in experts.items()}
+    heads = ExpertHeads(d, dims, readouts, args.head, args.head_width, args.focal_gamma).to(device)
     if args.checkpointing:
         coat.checkpoint_activations()
     if args.compile:
@@ -367,7 +395,8 @@ def micro_batches(run, number, first):
     can_fork = torch.multiprocessing.get_start_method() == "fork"    # else it would run this script
     return torch.utils.data.DataLoader(
         Rows(run.source), batch_sampler=mine.tolist(), num_workers=args.workers * can_fork,
-        collate_fn=functools.partial(collate, spec=run.coat.spec, rates=run.rates),
+        collate_fn=functools.partial(collate, spec=run.coat.spec, rates=run.rates,
+                                     think=run.coat.think),
         pin_memory=ranks.device.type == "cuda", worker_init_fn=ignore_sigterm)
 
 
@@ -482,12 +511,15 @@ def resume(run, checkpoint, config):
                            weights_only=True)
         safetensors.torch.load_model(run.heads, os.path.join(checkpoint, "heads.safetensors"))
         run.optimizer.load_state_dict(state["optimizer"])
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, LookupError, EOFError, pickle.UnpicklingError,
             safetensors.SafetensorError) as e:
         raise InputError(f"'{checkpoint}' is damaged ({str(e).splitlines()[0]}); delete it to go on "
                          "after the one before") from e
     run.step = state["step"]
     run.skipped = state["skipped"]
+    run.lost = state["lost"]
     if len(state["rng"]) == run.ranks.world:
         set_rng(state["rng"][run.ranks.rank])
 
@@ -510,7 +542,7 @@ def save(run):
     final = os.path.join(run.args.out, f"checkpoint-{run.step}")
     if run.ranks.rank == 0 and not os.path.exists(final):
         new = final + ".tmp"
-        state = {"step": run.step, "skipped": run.skipped, "rng": rng,
+        state = {"step": run.step, "skipped": run.skipped, "lost": run.lost, "rng": rng,
                  "optimizer": run.optimizer.state_dict()}
         try:
             shutil.rmtree(new, ignore_errors=True)
@@ -602,8 +634,9 @@ class Log:
         took = time.time() - clock.begin
         line = {"step": run.step, "stage": number + 1, "lr": lr, **losses, "grad_norm": norm}
         line |= {"tokens_per_s": n.tokens / took, "audio_s_per_s": n.seconds / took,
-                 "padding": 1 - n.tokens / n.slots, "data_wait": clock.parts["data"] / took,
+                 "padding": 1 - n.tokens / max(1, n.slots), "data_wait": clock.parts["data"] / took,
                  "teachers": clock.parts["teachers"] / took, "skipped": run.skipped,
+                 "lost": run.lost,
                  "mfu": None, "gib": None}
         if self.peak:
             # Forward, and backward to the activations but not to the frozen weights: 4 FLOPs each.
@@ -624,7 +657,7 @@ class Log:
         run = self.run
         seconds_a_step = (time.time() - self.begin) / (run.step - self.begin_step)
         cells = [f"{key} {value:.3g}" for key, value in line.items()
-                 if value is not None and key not in ("step", "skipped")]
+                 if value is not None and key not in ("step", "skipped", "lost")]
         eta = f"eta {seconds_a_step * (run.total - run.step):.0f} s"
         self.run.ranks.say(" ".join([f"step {run.step}/{run.total}", *cells, eta]))
         self.bar.update()
@@ -693,7 +726,7 @@ def train(run, log):
                     (total * world).backward()                              # DDP takes the mean of the ranks
                 sums.update({name: value.detach() for name, value in (losses | {"loss": total}).items()})
             lr = learning_rate(stage, i, run.args.warmup)
-            losses, norm = finish_step(run, sums, lr, batches)
+            losses, norm = finish_step(run, n, sums, lr, batches)
             if not n.frames:    # rows of text alone say nothing about the experts
                 losses |= dict.fromkeys(stage.weights)
             log.write(number, lr, losses, norm, n, clock)
@@ -734,7 +767,7 @@ class Counts(SimpleNamespace):
 
 
 def count_over_ranks(run, batches):
-    """Counts of a step. Raises InputError if none of its rows can be used."""
+    """Counts of a step."""
     here = Counter(stop=len(run.stop))
     for batch in batches:
         here["skipped"] += len(batch["skipped"])
@@ -747,9 +780,6 @@ def count_over_ranks(run, batches):
     names = ("targets", "frames", "tokens", "slots", "seconds", "skipped", "stop")
     n = Counts(**dict(zip(names, run.ranks.sum(*(here[name] for name in names)))))
     run.skipped += int(n.skipped)
-    if not n.targets and not n.stop:
-        raise InputError(f"step {run.step + 1}: none of the {run.args.batch} rows can be used; see "
-                         "the reasons above")
     return n
 
 
@@ -761,23 +791,39 @@ def learning_rate(stage, i, warmup):
     return stage.lr * (0.5 + 0.5 * math.cos(math.pi * (i - warm) / (stage.steps - warm)))
 
 
-def finish_step(run, sums, lr, batches):
-    """Clips, checks, and takes the step -> ({name: loss over all ranks}, norm of the gradient)."""
+def finish_step(run, n, sums, lr, batches):
+    """Clips, checks, and takes the step -> ({name: loss over all ranks}, norm of the gradient).
+
+    A step without a usable row, or with a number that is not finite, is not taken."""
     losses = dict(zip(sums, run.ranks.sum(*torch.stack(list(sums.values())).tolist())))
     params = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(params, run.args.clip).item()
-    if not math.isfinite(norm + sum(losses.values())):
-        save(run)
-        rows = [row["row"] for batch in batches for row in batch["rows"]]
-        raise InputError(f"step {run.step + 1}: the loss is not finite; rows {rows} of this rank are "
-                         "in it. The last good step is saved; look at these rows, or start a new run "
-                         "with a lower --lr")
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.step()
+    if n.targets and math.isfinite(norm + sum(losses.values())):
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+        run.lost_in_a_row = 0
+    else:
+        lose_step(run, n, batches)
+        losses, norm = dict.fromkeys(losses), None
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     return losses, norm
+
+
+def lose_step(run, n, batches):
+    """Counts a step that cannot be taken. Raises InputError, after a save, where it is one of many."""
+    run.lost += 1
+    run.lost_in_a_row += 1
+    rows = [row["row"] for batch in batches for row in batch["rows"]]
+    why = f"the loss is not finite; rows {rows} of this rank are in it"
+    if not n.targets:
+        why = "none of its rows can be used; see the reasons above"
+    run.ranks.say(f"!! step {run.step + 1} is left out: {why}")
+    if run.lost_in_a_row == MAX_LOST:
+        save(run)
+        raise InputError(f"step {run.step + 1}, the {MAX_LOST}th in a row: {why}. The last good step is "
+                         "saved; look at these rows, or start a new run with a lower --lr")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -813,7 +859,8 @@ def share_right(coat, rows, batch_size):
     right = 0
     for start in range(0, len(rows), batch_size):
         some = rows[start:start + batch_size]
-        batch = to_device(collate(some, coat.spec, responses=False), coat.hf.device)
+        batch = collate(some, coat.spec, think=coat.think, responses=False)
+        batch = to_device(batch, coat.hf.device)
         answers = coat.generate(batch, max_new_tokens=12)
         right += sum(answer == row["response"] for answer, row in zip(answers, some))
     return right / len(rows)
@@ -843,7 +890,7 @@ def main():
     args = read_flags()
     stages = [parse_stage(text, args) for text in args.stage]
     tasks = list(dict.fromkeys(task for stage in stages for task in stage.tasks))
-    ranks = Ranks(args.device)
+    ranks = Ranks(args.device, args.backbone)
     prepare(args, ranks.world)
 
     source, data = open_data(args, stages, ranks)
@@ -868,8 +915,8 @@ def main():
     train(run, log)
     save(run)
     log.close()
-    if run.skipped:
-        ranks.say(f"{run.skipped} rows were skipped, see above and log.jsonl")
+    if run.skipped or run.lost:
+        ranks.say(f"{run.skipped} rows were skipped and {run.lost} steps left out, see above")
     if run.step < run.total:
         ranks.say(f"stopped after step {run.step}; go on with: python train.py --resume {args.out}")
     elif ranks.rank == 0 and isinstance(source, Tones) and args.heldout:
