@@ -1,12 +1,13 @@
-"""Projection heads and distillation losses (paper section 3.3). Tensors in, tensors out: this file can be copied alone.
+"""Projection heads and distillation losses (paper section 3.3). This file can be copied alone.
 
     >>> from heads import ExpertHeads
     >>> heads = ExpertHeads(d=4096, dims={"recon": 4096, "speech": 768})    # for Qwen2-Audio
-    >>> heads.calibrate("speech", clips)              # [(L, 768)] of the teacher: measures the scale of the loss
-    >>> heads(think_states, valid, {"recon": z_recon, "speech": z_speech})    # {term: sum over the real frames}
+    >>> heads.calibrate("speech", clips)    # [(L, 768)] of the teacher: the scale of the loss
+    >>> heads(think_states, valid, {"recon": z_recon, "speech": z_speech})    # {term: loss}
 
-Every loss is given relative to the best constant answer: 1.0 is an answer that ignores the audio, 0.0 is the teacher
-itself. That is also what "compensates for differences in output scale" (appendix A).
+Every loss is given relative to the best constant answer: 1.0 is an answer that ignores the audio,
+0.0 is the teacher itself. That is also what "compensates for differences in output scale"
+(appendix A).
 """
 import functools
 
@@ -20,7 +21,7 @@ EPS = 1e-6              # keeps the loss of a teacher dimension that never chang
 
 
 class ProjectionHead(nn.Module):
-    """P_k of equation 3: one pre-norm transformer block over the thinking states, then a linear map to e_k.
+    """P_k of equation 3: a pre-norm transformer block over the thinking states, then a linear map.
 
     d       hidden size of the backbone
     dim     e_k, width of the expert's features
@@ -58,7 +59,7 @@ class ProjectionHead(nn.Module):
     def attend(self, x, valid):
         """Attention runs both ways: the whole block is known before the response starts."""
         B, L, W = x.shape
-        # A clip's padding is hidden. A padded query sees itself, since a softmax over nothing is NaN.
+        # A clip's padding is hidden. A padded query sees itself: a softmax over nothing is NaN.
         itself = torch.eye(L, dtype=torch.bool, device=x.device)
         mask = valid[:, None, None, :] | itself                                     # (B, 1, L, L)
         qkv = self.qkv(x).view(B, L, 3, self.n_heads, -1)
@@ -75,13 +76,13 @@ def mse(pred, target):
 
 
 def bce(logits, q):
-    """Binary cross-entropy against soft targets q in [0, 1], less the entropy of q: 0 when p = q."""
+    """Binary cross-entropy against soft targets q in [0, 1], less their entropy: 0 when p = q."""
     entropy = -(torch.xlogy(q, q) + torch.xlogy(1 - q, 1 - q))
     return F.binary_cross_entropy_with_logits(logits, q, reduction="none") - entropy
 
 
 def focal_bce(logits, q, gamma=FOCAL_GAMMA):
-    """|q - p|^gamma * BCE(p, q): the focal loss where q is 0 or 1, and 0 when p = q. gamma 0: `bce`."""
+    """|q - p|^gamma * BCE(p, q): the focal loss where q is 0 or 1, 0 when p = q. gamma 0: `bce`."""
     if gamma == 0:
         return bce(logits, q)
     weight = (q - logits.sigmoid()).abs().pow(gamma)
@@ -93,10 +94,9 @@ def focal_bce(logits, q, gamma=FOCAL_GAMMA):
 TASKS = {
     "recon": {"recon": (mse, False)},
     "speech": {"speech": (mse, False)},
-    "sound": {"sound": (bce, True)},                # BCE(g_cls(z_hat), g_cls(z))
+    "sound": {"sound": (bce, True)},                                     # of g_cls(z_hat), g_cls(z)
     "affect": {"affect": (mse, False)},
-    "pitch": {"pitch": (mse, False),                # MSE(z_hat, z) + w_aux focal-BCE(h(z_hat), h(z))
-              "pitch_aux": (focal_bce, True)},
+    "pitch": {"pitch": (mse, False), "pitch_aux": (focal_bce, True)},    # MSE + w_aux focal-BCE
 }
 
 
@@ -106,10 +106,12 @@ def terms(task):
 
 
 def best_constant(loss, target):
-    """(frames, dim) -> (1, dim), the constant answer with the least loss: of `mse` the mean, of the others logits.
+    """(frames, dim) -> (1, dim), the constant answer with the least loss: of `mse` the mean, of the
+    others logits.
 
-    Both `bce` and `focal_bce` (gamma from 1) are convex in the probability p, so halving an interval by the sign of
-    their slope finds it. For `bce` that is the logit of the mean; for `focal_bce` it is not."""
+    Both `bce` and `focal_bce` (gamma from 1) are convex in the probability p, so halving an
+    interval by the sign of their slope finds it. For `bce` that is the logit of the mean; for
+    `focal_bce` it is not."""
     if loss is mse:
         return target.mean(0, keepdim=True)
     low = torch.full_like(target[:1], -20.0)
@@ -129,7 +131,7 @@ class ExpertHeads(nn.ModuleDict):
 
     d           hidden size of the backbone
     dims        {task: e_k}
-    readouts    {task: frozen output layer of the teacher, to logits}, for the terms that compare there
+    readouts    {task: frozen output layer of the teacher, to logits}, for terms that compare there
     kind, width as in ProjectionHead
     focal_gamma of the focal-BCE; 0 makes it plain BCE"""
 
@@ -139,7 +141,7 @@ class ExpertHeads(nn.ModuleDict):
         self.readouts = readouts or {}    # parts of the teachers, neither trained nor saved here
         self.focal_gamma = focal_gamma
         for task in dims:
-            for term in terms(task):      # what the best constant answer costs; saved with the heads
+            for term in terms(task):    # what the best constant answer costs; saved with the heads
                 self.register_buffer(f"{term}_scale", torch.ones(()))
 
     def forward(self, think_states, valid, targets):
@@ -152,7 +154,8 @@ class ExpertHeads(nn.ModuleDict):
         for task, z in targets.items():
             z_hat = self[task](think_states, valid)                                 # equation 3
             with torch.autocast(z.device.type, enabled=False):    # sums and readouts in fp32
-                for term, value in self.frame_losses(task, z_hat.float(), z.float(), valid).items():
+                found = self.frame_losses(task, z_hat.float(), z.float(), valid)
+                for term, value in found.items():
                     losses[term] = value.sum() / getattr(self, f"{term}_scale")
         return losses
 
@@ -166,7 +169,8 @@ class ExpertHeads(nn.ModuleDict):
         return losses
 
     def frame_losses(self, task, z_hat, z, valid):
-        """{term: (frames,) mean over the dimensions}; gradients flow through the frozen readout (section 3.3.2)."""
+        """{term: (frames,) mean over the dimensions}. Gradients flow through the frozen readout
+        into z_hat (section 3.3.2)."""
         losses = {}
         z_hat = z_hat * valid[..., None]    # the readout of pitch looks past a clip's end: at zeros
         for term, (loss, on_readout) in self.losses_of(task).items():
@@ -179,7 +183,8 @@ class ExpertHeads(nn.ModuleDict):
 
     @torch.no_grad()
     def calibrate(self, task, clips):
-        """Measures what the best constant answer costs, and lets the head start from it: weights zero, bias the mean.
+        """Measures what the best constant answer costs, and lets the head start from it: weights
+        zero, bias the mean.
 
         clips   [(L, E)] the teacher's features, one a clip"""
         z = torch.cat(clips).float()

@@ -595,8 +595,8 @@ def load_coat(name=None, adapter=None, model_path=None, trainable=False, device=
         lm = add_adapters(lm, BACKBONES[name], think_ids)
     if trainable:
         for module in lm.modules():
-            if isinstance(module, LoraLayer):    # autocast casts; in fp32 the input would be saved twice
-                module.cast_input_dtype_enabled = False
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = False    # autocast does; an fp32 copy would stay
     return CoAT(lm, processor, name, model_path, think_ids, think)
 
 
@@ -876,8 +876,8 @@ def usable_device(name=None, backbone="tiny"):
 
     Raises InputError if this machine cannot use it."""
     if name is None and not torch.cuda.is_available() and backbone != "tiny":
-        raise InputError(f"torch {torch.__version__} finds no GPU for {backbone} (CUDA 13 needs driver "
-                         "580 or later); to go on without one, in fp32, say cpu as device")
+        raise InputError(f"torch {torch.__version__} finds no GPU for {backbone} (CUDA 13 needs "
+                         "driver 580 or later); to go on without, in fp32, say cpu as device")
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
@@ -887,8 +887,8 @@ def usable_device(name=None, backbone="tiny"):
         raise InputError(f"device {name}: give cpu or cuda")
     if device.type == "cuda":
         torch.cuda.set_device(device)    # streams, graphs and memory figures are those of this one
-        # With a mask and some lengths the backward pass of cuDNN's attention, which torch 2.11 prefers
-        # on Hopper and later, gives NaN (pytorch issue 196678).
+        # With a mask and some lengths the backward pass of cuDNN's attention, which torch 2.11
+        # prefers on Hopper and later, gives NaN (pytorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 

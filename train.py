@@ -1,12 +1,12 @@
-"""Trains the adapters, the three token rows and the projection heads, stage by stage (section 3.4, appendix A).
+"""Trains adapters, token rows and projection heads, stage by stage (section 3.4, appendix A).
 
-    python train.py --backbone tiny                               # a laptop, two minutes, no download
-    torchrun --nproc-per-node 4 train.py --backbone qwen2-audio --data mixture.json       # four GPUs
-    python train.py --resume runs/tiny                            # goes on after the last checkpoint
+    python train.py --backbone tiny                     # a laptop, two minutes, no download
+    python train.py --resume runs/tiny                  # goes on after the last checkpoint
+    torchrun --nproc-per-node 4 train.py --backbone qwen2-audio --data mixture.json    # four GPUs
 
-Without --data it trains on synthetic tones. It writes to the run folder config.json, log.jsonl (a line a step),
-losses.png and checkpoint-STEP/: a plain PEFT adapter with the tokenizer, the heads with the scales of their losses
-(heads.safetensors), and what a resumed run needs (state.pt).
+Without --data it trains on synthetic tones. It writes to the run folder config.json, log.jsonl (a
+line a step), losses.png and checkpoint-STEP/: a plain PEFT adapter with the tokenizer, the heads
+with the scales of their losses (heads.safetensors), and what a resumed run needs (state.pt).
 
 `main` at the end says what happens; `train` is the method.
 """
@@ -72,18 +72,18 @@ def build_parser():
     add = parser.add_argument
     add("--backbone", default="tiny", help=f"one of {', '.join(BACKBONES)}")
     add("--model-path", help="a local folder with the backbone, instead of the hub")
-    add("--data", default="tones", help="mixture.json or rows.jsonl, see data.py; or synthetic tones, "
-        "or some: tones:note,glide")
+    add("--data", default="tones", help="mixture.json or rows.jsonl, see data.py; or synthetic "
+        "tones, or some: tones:note,glide")
     add("--out", help="run folder; None: a new one under runs/")
     add("--resume", help="run folder to go on with; its config.json gives the other flags")
-    add("--init-from", help="run or checkpoint folder whose adapter and heads to start from, with a "
-        "new optimizer: other data or flags for a further stage")
-    add("--stage", action="append", help="once a stage, STEPS:EXPERTS or STEPS:EXPERTS:LR, an expert "
-        "with its weight: 500:recon,pitch=0.5:2e-4; also all, or none; None: 100000:recon, 100000:all")
-    add("--no-think", action="store_true", help="no thinking block, so no experts: plain fine-tuning, "
-        "the first row of table 4")
+    add("--init-from", help="run or checkpoint folder whose adapter and heads to start from, with "
+        "a new optimizer: other data or flags for a further stage")
+    add("--stage", action="append", help="once a stage, STEPS:EXPERTS[:LR], an expert with its "
+        "weight: 500:recon,pitch=0.5:2e-4; or all, or none; None: 100000:recon and 100000:all")
+    add("--no-think", action="store_true", help="no thinking block, so no experts: plain "
+        "fine-tuning, the first row of table 4")
     add("--w-pitch-aux", type=float, default=1.0, help="of the focal-BCE inside L_pitch (3.3.2)")
-    add("--focal-gamma", type=float, default=2.0, help="of that focal-BCE: 0 is plain BCE, else from 1")
+    add("--focal-gamma", type=float, default=2.0, help="of that term: 0 is plain BCE, else from 1")
     add("--lr", type=float, default=1e-4, help="learning rate of a stage that names none")
     add("--batch", type=at_least(1), default=16, help="rows a step, over all ranks")
     add("--micro-batch", type=at_least(1), help="rows at once on a rank; None: all of its share")
@@ -131,8 +131,8 @@ def read_config(run, flag):
 
 
 def read_flags():
-    """The flags. One that is not given comes from the run to resume, else from the run to start from,
-    else from DEFAULTS of the backbone, else from the parser. Raises InputError."""
+    """The flags. One that is not given comes from the run to resume, or to start from, else from
+    DEFAULTS of the backbone, else from the parser. Raises InputError."""
     parser = build_parser()
     given = parser.parse_args()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))    # torchrun --max-restarts
@@ -163,8 +163,8 @@ def read_flags():
     changed = [f"--{name.replace('_', '-')} (was {saved[name]}, now {getattr(args, name)})"
                for name in sorted(fixed) if getattr(args, name) != saved[name]]
     if changed:
-        raise InputError(f"'{given.resume or given.init_from}' was trained with other flags; leave out "
-                         f"{', '.join(changed)}, or start a new run")
+        raise InputError(f"'{given.resume or given.init_from}' was trained with other flags; leave "
+                         f"out {', '.join(changed)}, or start a new run")
     args.out = args.resume or args.out
     return args
 
@@ -196,11 +196,11 @@ def parse_stage(text, args):
     except ValueError as e:
         raise InputError(
             f"--stage {text}: give STEPS:EXPERTS or STEPS:EXPERTS:LR with EXPERTS from "
-            f"{','.join(EVERY_EXPERT)}, each perhaps with a weight as in pitch=0.5, or all, or none; "
-            "weights and LR, or --lr, are numbers above 0") from e
+            f"{','.join(EVERY_EXPERT)}, each perhaps with a weight as in pitch=0.5, or all, or "
+            "none; weights and LR, or --lr, are numbers above 0") from e
     if args.no_think and task_weights:
-        raise InputError(f"--stage {text}: without the thinking block there is nothing for experts to "
-                         f"teach; give {steps}:none with --no-think")
+        raise InputError(f"--stage {text}: without the thinking block there is nothing for experts "
+                         f"to teach; give {steps}:none with --no-think")
     weights = {}
     for task, weight in task_weights.items():
         for term in terms(task):
@@ -221,8 +221,8 @@ def prepare(args, world):
     if not (args.focal_gamma == 0 or 1 <= args.focal_gamma < math.inf):
         raise InputError(f"--focal-gamma {args.focal_gamma}: give 0, or a number from 1")
     if args.resume and not checkpoint_steps(args.out):
-        raise InputError(f"'{args.out}' holds no checkpoint yet; start anew with --out {args.out} and "
-                         "the flags in its config.json")
+        raise InputError(f"'{args.out}' holds no checkpoint yet; start anew with --out {args.out} "
+                         "and the flags in its config.json")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ class Student(torch.nn.Module):
         """{"ce", and every term of the experts: () sum over the batch}.
 
         targets     {task: z_k (B, L, E)} of the teachers; recon's is what the model itself hears"""
-        out = self.coat(batch)                                                      # H_think
+        out = self.coat(batch)    # H_think, x_A, cross-entropy
         targets = targets | {"recon": out.audio_embeds}
         active = {task: targets[task] for task in self.tasks}
         return {"ce": out.ce_sum} | self.heads(out.think_states, out.valid, active)
@@ -334,18 +334,20 @@ class Run:
 
 
 def build_models(args, tasks, device, adapter):
-    """(CoAT, {task: teacher}, ExpertHeads); the same seed on every rank gives the same new weights."""
+    """(CoAT, {task: teacher}, ExpertHeads); the same seed on every rank gives the same weights."""
     torch.manual_seed(args.seed)
     coat = load_coat(args.backbone, adapter, args.model_path, trainable=True, device=device)
     coat.think = not args.no_think
     experts = {}
     for task in tasks:
         if task != "recon":
-            experts[task] = load(task, getattr(args, f"teacher_{task}"), device, args.random_teachers)
+            path = getattr(args, f"teacher_{task}")
+            experts[task] = load(task, path, device, args.random_teachers)
     d = coat.hf.config.get_text_config().hidden_size
     dims = {task: experts[task].dim if task in experts else d for task in tasks}
     readouts = {task: expert.readout for task, expert in experts.items()}
-    heads = ExpertHeads(d, dims, readouts, args.head, args.head_width, args.focal_gamma).to(device)
+    heads = ExpertHeads(d, dims, readouts, args.head, args.head_width, args.focal_gamma)
+    heads.to(device)
     if args.checkpointing:
         coat.checkpoint_activations()
     if args.compile:
@@ -391,7 +393,7 @@ def micro_batches(run, number, first):
     """DataLoader of this rank's micro-batches of stage `number`, from its step `first` on."""
     args, ranks = run.args, run.ranks
     plan = plan_stage(run.source, run.stages[number].steps, args.batch, args.seed, number)[first:]
-    mine = plan.reshape(-1, ranks.world, run.micro)[:, ranks.rank]              # (steps * turns, micro)
+    mine = plan.reshape(-1, ranks.world, run.micro)[:, ranks.rank]    # (steps * turns, micro)
     can_fork = torch.multiprocessing.get_start_method() == "fork"    # else it would run this script
     return torch.utils.data.DataLoader(
         Rows(run.source), batch_sampler=mine.tolist(), num_workers=args.workers * can_fork,
@@ -429,7 +431,7 @@ def step_batches(run, number, first, clock):
 # Start, save, resume
 
 def calibrate(run, tasks):
-    """Measures scales and best constant answers over the first clips (heads.py), on rank 0 for all."""
+    """Measures scales and best constant answers over the first clips, on rank 0 for all."""
     args, device = run.args, run.ranks.device
     lengths = run.source.lengths
     clips = {task: [] for task in tasks}
@@ -452,15 +454,15 @@ def calibrate(run, tasks):
         if found:
             run.heads.calibrate(task, found)
     if run.ranks.gather(not all(clips.values()) and bool(lengths.any()))[0]:
-        raise InputError(f"none of the first {args.calibrate} clips can be used; see python data.py "
-                         f"check {args.data}")
+        raise InputError(f"none of the first {args.calibrate} clips can be used; see python "
+                         f"data.py check {args.data}")
     if run.ranks.world > 1:
         for tensor in run.heads.state_dict().values():
             dist.broadcast(tensor, 0)
 
 
 def start(run):
-    """A new run: its folder, and heads that start from the best constant answer or from another run."""
+    """A new run: its folder, and heads from another run or from the best constant answer."""
     args = run.args
     if run.ranks.rank == 0 and not args.out:
         names = (f"runs/{args.backbone}" + (f"-{i}" if i > 1 else "") for i in range(1, 10 ** 6))
@@ -478,7 +480,9 @@ def start(run):
 
 
 def load_heads(heads, checkpoint):
-    """Loads those heads, with their scales, that another run has too -> their tasks. Raises InputError."""
+    """Loads the heads, with their scales, that another run has too -> their tasks.
+
+    Raises InputError."""
     path = os.path.join(checkpoint, "heads.safetensors")
     try:
         weights = safetensors.torch.load_file(path)
@@ -500,8 +504,8 @@ def resume(run, checkpoint, config):
             raise InputError(f"'{checkpoint}' holds no {file}; delete it to go on after the "
                              "checkpoint before it")
     if began["data"] != config["data"]:
-        raise InputError(f"the rows of {run.args.data}, or the lengths of their audio, are not those "
-                         "that the run began with; bring them back, or start a new run")
+        raise InputError(f"the rows of {run.args.data}, or the lengths of their audio, are not "
+                         "those that the run began with; bring them back, or start a new run")
     for what in ("world", "commit", "device", "versions"):
         if began[what] != config[what]:
             run.ranks.say(f"!! not bit for bit: {what} was {began[what]} when the run began and is "
@@ -515,8 +519,8 @@ def resume(run, checkpoint, config):
         raise
     except (RuntimeError, LookupError, EOFError, pickle.UnpicklingError,
             safetensors.SafetensorError) as e:
-        raise InputError(f"'{checkpoint}' is damaged ({str(e).splitlines()[0]}); delete it to go on "
-                         "after the one before") from e
+        raise InputError(f"'{checkpoint}' is damaged ({str(e).splitlines()[0]}); delete it to go "
+                         "on after the one before") from e
     run.step = state["step"]
     run.skipped = state["skipped"]
     run.lost = state["lost"]
@@ -537,7 +541,7 @@ def set_rng(states):
 
 
 def save(run):
-    """checkpoint-STEP, whole or not at all: written under another name and renamed. All ranks call it."""
+    """checkpoint-STEP, whole or not at all: it gets its name last. All ranks call this."""
     rng = run.ranks.gather(rng_state(run.ranks.device))
     final = os.path.join(run.args.out, f"checkpoint-{run.step}")
     if run.ranks.rank == 0 and not os.path.exists(final):
@@ -549,7 +553,7 @@ def save(run):
             run.coat.save(new)
             safetensors.torch.save_model(run.heads, os.path.join(new, "heads.safetensors"))
             torch.save(state, os.path.join(new, "state.pt"))
-        except (OSError, RuntimeError, safetensors.SafetensorError) as e:    # a full disk, as each says it
+        except (OSError, RuntimeError, safetensors.SafetensorError) as e:    # e.g. a full disk
             shutil.rmtree(new, ignore_errors=True)
             raise InputError(f"cannot write {final}: {str(e).splitlines()[0]}; make room and go on "
                              f"with --resume {run.args.out}") from e
@@ -567,7 +571,8 @@ def describe(args, data, ranks):
     commit = None
     if shutil.which("git"):
         here = os.path.dirname(os.path.abspath(__file__))
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
+        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True,
+                              text=True)
         commit = done.stdout.strip()
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     return {"flags": vars(args), "data": data, "world": ranks.world, "commit": commit,
@@ -619,7 +624,7 @@ class Log:
         self.peak = next((flops for name, flops in PEAKS.items() if name in chip), None)
 
     def drop_later_steps(self):
-        """What was logged after the checkpoint is done, and logged, again; a new run starts empty."""
+        """What was logged after the checkpoint is done again; a new run starts empty."""
         lines = []
         if self.run.step and os.path.exists(self.path):
             with open(self.path) as file:
@@ -629,7 +634,7 @@ class Log:
         os.replace(new.name, self.path)
 
     def write(self, number, lr, losses, norm, n, clock):
-        """One step of stage `number`. losses: {"loss", "ce", terms}, None for what had no frames."""
+        """One step of stage `number`. losses: {"loss", "ce", terms}, None where there is none."""
         run = self.run
         took = time.time() - clock.begin
         line = {"step": run.step, "stage": number + 1, "lr": lr, **losses, "grad_norm": norm}
@@ -697,8 +702,8 @@ class Log:
 # The method
 
 def train(run, log):
-    """All stages, step by step (section 3.4). Every loss is a sum over the whole global batch divided
-    by its count over the whole global batch, so that it does not matter how the rows are cut into
+    """All stages, step by step (section 3.4). Every loss is a sum over the global batch divided by
+    its count over the global batch, so that it does not matter how the rows are cut into
     micro-batches and ranks."""
     world = run.ranks.world
     clock = Clock(run.ranks.device)
@@ -715,16 +720,17 @@ def train(run, log):
             sums = Counter()
             for batch in batches:
                 with clock("teachers"):
-                    targets = teacher_targets(teachers, batch)              # z_k = E_k(a) at 25 Hz
+                    targets = teacher_targets(teachers, batch)    # z_k = E_k(a) at 25 Hz
                 with syncing(student, batch is batches[-1]):
                     with run.autocast():
                         losses = student(batch, targets)
                     losses = {name: value / n.of(name) for name, value in losses.items()}
-                    total = losses["ce"]                                    # equation 4
+                    total = losses["ce"]                     # equation 4
                     for term, weight in stage.weights.items():
                         total = total + weight * losses[term]
-                    (total * world).backward()                              # DDP takes the mean of the ranks
-                sums.update({name: value.detach() for name, value in (losses | {"loss": total}).items()})
+                    (total * world).backward()               # DDP takes the mean over ranks
+                for name, value in (losses | {"loss": total}).items():
+                    sums[name] += value.detach()
             lr = learning_rate(stage, i, run.args.warmup)
             losses, norm = finish_step(run, n, sums, lr, batches)
             if not n.frames:    # rows of text alone say nothing about the experts
@@ -736,7 +742,7 @@ def train(run, log):
 
 
 def distribute(run, student, teachers):
-    """DDP exchanges gradients while the backward pass goes on; frozen weights are not sent at all."""
+    """DDP exchanges gradients while the backward pass goes on, and never the frozen weights."""
     if run.ranks.world == 1:
         return student
     student = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
@@ -812,7 +818,7 @@ def finish_step(run, n, sums, lr, batches):
 
 
 def lose_step(run, n, batches):
-    """Counts a step that cannot be taken. Raises InputError, after a save, where it is one of many."""
+    """Counts a step that is not taken. Raises InputError, after a save, when there are too many."""
     run.lost += 1
     run.lost_in_a_row += 1
     rows = [row["row"] for batch in batches for row in batch["rows"]]
@@ -822,15 +828,15 @@ def lose_step(run, n, batches):
     run.ranks.say(f"!! step {run.step + 1} is left out: {why}")
     if run.lost_in_a_row == MAX_LOST:
         save(run)
-        raise InputError(f"step {run.step + 1}, the {MAX_LOST}th in a row: {why}. The last good step is "
-                         "saved; look at these rows, or start a new run with a lower --lr")
+        raise InputError(f"step {run.step + 1}, the {MAX_LOST}th in a row: {why}. The last good "
+                         "step is saved; look at these rows, or start a new run with a lower --lr")
 
 
 # --------------------------------------------------------------------------------------------------
 # Does it hear?
 
 def ask_heldout(run):
-    """Held-out questions about tones and, as a control, the same questions over another row's clip."""
+    """Held-out questions about tones and, as a control, the same over another row's clip."""
     kinds = run.source.kinds
     coat = run.coat.merge()
     heldout = Tones("heldout", run.args.heldout * len(kinds), kinds)
@@ -874,8 +880,9 @@ def announce(run, seconds):
     weights = sum(p.numel() for p in run.coat.parameters()) / 1e6
     trained = sum(p.numel() for p in run.coat.parameters() if p.requires_grad) / 1e6
     of_heads = sum(p.numel() for p in run.heads.parameters()) / 1e6
-    ranks.say(f"{args.backbone} on {ranks.world} x {ranks.device}: {weights:.1f} M weights, of which "
-              f"{trained:.2f} M trained; heads {of_heads:.2f} M ({', '.join(run.tasks) or 'none'})")
+    ranks.say(f"{args.backbone} on {ranks.world} x {ranks.device}: {weights:.1f} M weights, of "
+              f"which {trained:.2f} M trained; heads {of_heads:.2f} M "
+              f"({', '.join(run.tasks) or 'none'})")
     ranks.say(f"{run.total} steps of {args.batch} rows from {args.data}, to {args.out}, set up in "
               f"{seconds:.0f} s")
     if isinstance(run.source, Tones) and args.backbone != "tiny":
