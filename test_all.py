@@ -333,6 +333,14 @@ def test_audio_tower_builds_no_graph(coat):
     assert out.think_states.requires_grad
 
 
+def test_without_the_block_there_are_no_thinking_states(coat, rows):
+    batch = build_inputs(coat, *rows, think=False)
+    with torch.no_grad():
+        out = coat(batch)
+    assert not batch["think_mask"].any() and not out.valid.any()
+    assert out.ce_sum > 0 and out.audio_embeds.any()
+
+
 def test_two_clips_give_different_logits_for_the_same_ids(coat):
     first = build_inputs(coat, [noise(1.0, 1)], ["Which?"])
     second = build_inputs(coat, [noise(1.0, 2)], ["Which?"])
@@ -525,6 +533,14 @@ def test_merged_bf16_is_bf16_throughout_and_answers(coat, hub):
     assert greedy(merged, batch, 3).shape == (3, 3)
 
 
+def test_merge_rounds_each_weight_once(coat, hub):
+    low = loaded(coat.name, hub[coat.name], dtype=torch.bfloat16)
+    layer = next(m for m in low.hf.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    merged = layer.base_layer.weight.float() + layer.get_delta_weight("default")
+    low.merge()
+    assert torch.equal(layer.base_layer.weight, merged.bfloat16())
+
+
 def test_omni_is_loaded_without_its_vision_tower_and_talker(hub):
     lm, processor = load_backbone("qwen2.5-omni", hub["qwen2.5-omni"])
     assert lm.model.visual is None
@@ -566,6 +582,12 @@ def test_soft_losses_vanish_at_the_target_alone(loss):
     logits = torch.randn(50, 4)
     assert_close(loss(logits, logits.sigmoid()), torch.zeros(50, 4), atol=1e-6, rtol=0)
     assert (loss(logits + 0.1, logits.sigmoid()).mean(-1) > 0).all()
+
+
+def test_focal_bce_of_gamma_0_is_bce():
+    logits = torch.randn(50, 4)
+    q = torch.rand(50, 4)
+    assert torch.equal(heads.focal_bce(logits, q, gamma=0), heads.bce(logits, q))
 
 
 @pytest.mark.parametrize("loss", [heads.mse, heads.bce, heads.focal_bce])
@@ -1356,21 +1378,24 @@ def test_batches_log_what_each_rank_skips(mixed_runs):
 
 
 def test_ranks_with_different_numbers_of_usable_rows_are_one_batch(tmp_path):
-    """Five and three in the first step, five and none in the second."""
-    seconds = [0.4 + 0.05 * i for i in range(20)]
+    """Five and three in the first step, five and none in the second, and none in the third."""
+    seconds = [0.4 + 0.05 * i for i in range(30)]
     rows = manifest(tmp_path, seconds)
-    plan = plan_stage(Manifest(rows), 2, 10, seed=0, stage=0)
-    for i in [*plan[0][[1, 5]], *plan[1][1::2]]:    # micro-batches of 1 go to the ranks in turn
+    plan = plan_stage(Manifest(rows), 3, 10, seed=0, stage=0)
+    # Micro-batches of 1 go to the ranks in turn.
+    for i in [*plan[0][[1, 5]], *plan[1][1::2], *plan[2]]:
         nan = np.full(round(seconds[i] * 16000), np.nan)
         wav(tmp_path, f"{i}.wav", nan, subtype="FLOAT")
-    flags = [*QUICK, "--data", rows, "--stage", "2:recon,pitch", "--batch", 10, "--micro-batch", 1,
+    flags = [*QUICK, "--data", rows, "--stage", "3:recon,pitch", "--batch", 10, "--micro-batch", 1,
              "--calibrate", 10]
     ended(*two_ranks(tmp_path / "log", *flags, "--out", tmp_path / "two"))
     run("train.py", *flags, "--out", tmp_path / "one")
-    assert logged(tmp_path / "two", "skipped") == logged(tmp_path / "one", "skipped") == [2, 7]
+    for key, want in (("skipped", [2, 7, 17]), ("lost", [0, 0, 1])):
+        assert logged(tmp_path / "two", key) == logged(tmp_path / "one", key) == want
     for key in ("ce", "recon", "pitch", "grad_norm"):
-        two = logged(tmp_path / "two", key)
-        np.testing.assert_allclose(two, logged(tmp_path / "one", key), rtol=2e-3)
+        *two, lost = logged(tmp_path / "two", key)
+        assert lost is None
+        np.testing.assert_allclose(two, logged(tmp_path / "one", key)[:2], rtol=2e-3)
 
 
 def test_new_run_can_begin_with_what_another_has_learned(trained, tmp_path):
@@ -1388,6 +1413,12 @@ def test_new_run_can_begin_with_what_another_has_learned(trained, tmp_path):
     assert first["recon"] < logged(trained.folder, "recon")[0]
     optimizer = load_optimizer(tmp_path / "checkpoint-1")
     assert {int(p["step"]) for p in optimizer["state"].values()} == {1}    # it is new
+
+
+def test_run_without_the_block_remembers_it(tmp_path):
+    run("train.py", *QUICK, "--no-think", "--stage", "2:none", "--out", tmp_path)
+    assert not {"recon", *EXPERTS} & set(log_lines(tmp_path)[0])
+    assert not load_coat(adapter=tmp_path / "checkpoint-2").think
 
 
 def test_checkpointing_changes_no_step(tmp_path):
@@ -1892,6 +1923,16 @@ def test_weights_cut_short_are_refused_in_one_line(name, hub, tmp_path):
     assert_refused(name, tmp_path / "cut", name, "incomplete")
 
 
+def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
+    shutil.copytree(written.adapter, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "adapter_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights.popitem()
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="adapter"):
+        load_coat(adapter=tmp_path)
+
+
 @pytest.mark.parametrize("change, words", [
     ({"num_hidden_layers": 3, "layer_types": None}, "for 12 tensors"),
     ({"intermediate_size": 96}, "for 6 tensors")])
@@ -2015,6 +2056,8 @@ def test_out_of_memory_is_one_line_with_the_flags_that_need_less(capsys, monkeyp
     ("train.py", "--workers -1", "--workers: must be at least 0"),
     ("train.py", "--device meta", "give cpu or cuda"),
     ("train.py", "--init-from nowhere", "nowhere"),
+    ("train.py", "--stage 3:recon --no-think", "without the thinking block"),
+    ("train.py", "--focal-gamma 0.5", "give 0, or a number from 1"),
     ("infer.py", "ask tiny missing.wav --question ?", "missing.wav"),
     ("infer.py", "ask nowhere x.wav --question ?", "no file"),
     ("bench.py", "latency --seconds 1,x", "no list of seconds"),
@@ -2022,6 +2065,13 @@ def test_out_of_memory_is_one_line_with_the_flags_that_need_less(capsys, monkeyp
     ("bench.py", "loss --tokens 20 --hidden 16", "--tokens at least")])
 def test_wrong_flags_end_in_one_line(program, flags, words):
     assert words in run(program, *flags.split(), fails=True)
+
+
+def test_real_backbone_never_runs_on_a_cpu_by_accident(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert model.usable_device(None, "tiny").type == "cpu"
+    with pytest.raises(InputError, match="finds no GPU"):
+        model.usable_device(None, "qwen2-audio")
 
 
 def test_tensorboard_is_asked_for_in_one_line(monkeypatch):
@@ -2110,10 +2160,16 @@ def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
     assert os.path.exists(tmp_path / "run" / f"checkpoint-{step}" / "state.pt")
 
 
-def test_loss_that_is_not_finite_stops_with_the_rows_and_keeps_the_last_good_step(tmp_path):
-    error = run("train.py", *QUICK, "--stage", "4:recon:1e30", "--out", tmp_path, fails=True)
-    found = re.search(r"step (\d+): the loss is not finite; rows \[(\d+, ){3}\d+\]", error)
-    assert os.path.exists(tmp_path / f"checkpoint-{int(found[1]) - 1}" / "state.pt")
+def test_step_that_is_not_finite_is_left_out(tmp_path):
+    printed = run("train.py", *QUICK, "--stage", "3:recon:1e30", "--out", tmp_path)
+    assert re.search(r"step 2 is left out: the loss is not finite; rows \[(\d+, ){3}\d+\]", printed)
+    assert logged(tmp_path, "lost") == [0, 1, 2] and logged(tmp_path)[1:] == [None, None]
+
+
+def test_fifth_step_in_a_row_that_is_not_finite_saves_and_ends_the_run(tmp_path):
+    error = run("train.py", *QUICK, "--stage", "9:recon:1e30", "--out", tmp_path, fails=True)
+    assert "step 6, the 5th in a row: the loss is not finite" in error
+    assert os.path.exists(tmp_path / "checkpoint-5" / "state.pt")
 
 
 def test_start_that_came_to_no_checkpoint_can_be_begun_anew(tmp_path):
@@ -2124,6 +2180,12 @@ def test_start_that_came_to_no_checkpoint_can_be_begun_anew(tmp_path):
 
 def test_run_with_checkpoints_is_not_begun_anew(short_run):
     assert "already holds checkpoints" in run("train.py", *short_run, fails=True)
+
+
+def test_torchrun_restarts_a_run_where_it_stands(short_run, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run("train.py", *short_run)
+    assert logged(Path("run"), "step") == [1, 2]
 
 
 def test_resume_refuses_other_flags(short_run):
