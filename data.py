@@ -34,8 +34,8 @@ import torch
 from torchaudio.functional import resample
 
 from experts import resample_frames
-from model import (MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError, build_inputs, check_seconds,
-                   check_text, one_line_errors, pad_rows)
+from model import (IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError, build_inputs,
+                   check_seconds, check_text, encode_row, one_line_errors, pad_batch, pad_rows)
 
 MAX_KERNEL = 2 ** 24    # taps of a resampling kernel; for 44,099 Hz it would take gigabytes
 
@@ -609,43 +609,88 @@ class Rows(torch.utils.data.Dataset):
             return e
 
 
-def collate(rows, spec, rates=(), think=True, responses=True):
-    """Loaded rows -> the batch of build_inputs, with what training and scoring need beside it:
+class Prepared(NamedTuple):
+    """A row ready for a batch."""
+    row: dict        # without its wave
+    waves: dict      # {rate in Hz: (N,) or None}
+    encoded: tuple   # of encode_row
+    seconds: float   # of audio
 
-    waves       {rate in Hz: [(N,) or None, one a row]} at 16 kHz and at `rates`, for the teachers
-    rows        the loaded rows without their waves
-    seconds     of audio
-    skipped     [InputError] of those left out
-    None of the rows usable: only `rows` (empty) and `skipped`."""
-    kept = []
+
+def prepare(rows, spec, rates, think, responses):
+    """Loaded rows -> ([Prepared], [InputError of those left out])."""
+    prepared = []
     skipped = []
-    waves = {rate: [] for rate in (SAMPLE_RATE, *rates)}
     for row in rows:
         if isinstance(row, InputError):
             skipped.append(row)
             continue
+        waves = dict.fromkeys((SAMPLE_RATE, *rates))
+        seconds = 0.0
         try:
             check_text(spec, row["prompt"] + row["response"])
-            resampled = {}
-            for rate in waves:
-                resampled[rate] = at_rate(row["wave"], row["rate"], rate) if "wave" in row else None
+            if "wave" in row:
+                seconds = len(row["wave"]) / row["rate"]
+                waves = {rate: at_rate(row["wave"], row["rate"], rate) for rate in waves}
+            response = row["response"] if responses else None
+            encoded = encode_row(spec, waves[SAMPLE_RATE], row["prompt"], response, think)
         except InputError as e:
             skipped.append(InputError(f"row {row.get('row')}: {e}"))
             continue
-        kept.append(row)
-        for rate, wave in resampled.items():
-            waves[rate].append(wave)
-    if not kept:
-        return {"rows": [], "skipped": skipped}
+        bare = {key: value for key, value in row.items() if key != "wave"}
+        prepared.append(Prepared(bare, waves, encoded, seconds))
+    return prepared, skipped
 
-    prompts = [row["prompt"] for row in kept]
-    answers = [row["response"] for row in kept] if responses else None
-    batch = build_inputs(spec, waves[SAMPLE_RATE], prompts, answers, think=think)
-    batch["waves"] = waves
-    batch["rows"] = [{k: v for k, v in row.items() if k != "wave"} for row in kept]
-    batch["seconds"] = sum(len(row["wave"]) / row["rate"] for row in kept if "wave" in row)
-    batch["skipped"] = skipped
+
+def assemble(prepared, spec):
+    """[Prepared] -> the batch of build_inputs, with what training and scoring need beside it:
+
+    waves       {rate in Hz: [(N,) or None, one a row]} at 16 kHz and at the teachers' rates
+    rows        the loaded rows without their waves
+    seconds     of audio"""
+    batch = pad_batch(spec, [p.encoded for p in prepared])
+    rates = prepared[0].waves
+    batch["waves"] = {rate: [p.waves[rate] for p in prepared] for rate in rates}
+    batch["rows"] = [p.row for p in prepared]
+    batch["seconds"] = sum(p.seconds for p in prepared)
     return batch
+
+
+def collate(rows, spec, rates=(), think=True, responses=True):
+    """Loaded rows -> one batch, see assemble, with "skipped": [InputError] of those left out.
+
+    None of the rows usable: only "rows" (empty) and "skipped"."""
+    prepared, skipped = prepare(rows, spec, rates, think, responses)
+    if not prepared:
+        return {"rows": [], "skipped": skipped}
+    batch = assemble(prepared, spec)
+    if not responses:
+        del batch["labels"]
+    return batch | {"skipped": skipped}
+
+
+def collate_step(rows, spec, rates=(), think=True, micro_tokens=None):
+    """Loaded rows of a step -> ([its micro-batches, see assemble], [InputError of those left out]).
+
+    A micro-batch has at most micro_tokens tokens with its padding, or one row. The losses are sums,
+    so any cut gives the same step. None of the rows usable: one idle batch."""
+    prepared, skipped = prepare(rows, spec, rates, think, responses=True)
+    prepared.sort(key=lambda p: len(p.encoded[0]))
+    cuts = []
+    for p in prepared:
+        tokens = len(p.encoded[0])    # of the longest row so far
+        if not cuts or micro_tokens and (len(cuts[-1]) + 1) * tokens > micro_tokens:
+            cuts.append([])
+        cuts[-1].append(p)
+    batches = [assemble(cut, spec) for cut in cuts]
+    return batches or [idle_batch(spec, rates)], skipped
+
+
+def idle_batch(spec, rates):
+    """A row of text without targets, for a rank that must take a turn and has no row."""
+    batch = build_inputs(spec, [None], ["nothing"], [""])
+    batch["labels"].fill_(IGNORE)
+    return batch | {"waves": {rate: [None] for rate in rates}, "rows": [], "seconds": 0.0}
 
 
 def to_device(batch, device):

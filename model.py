@@ -251,10 +251,12 @@ def encode_row(coat, wave, prompt, response=None, think=True):
     return ids + target, len(target), n_audio, dict(out) if pieces else {}
 
 
-def pad_batch(rows, pad_id, padding_side="left"):
-    """Results of encode_row -> what build_inputs returns, but for think_mask and audio_mask."""
+def pad_batch(coat, rows, padding_side="left"):
+    """Results of encode_row -> what build_inputs returns, with labels."""
+    tokenizer = coat.processor.tokenizer
+    audio_id = tokenizer.convert_tokens_to_ids(coat.backbone.audio_token)
     T = max(len(ids) for ids, *_ in rows)
-    input_ids = torch.full((len(rows), T), pad_id)
+    input_ids = torch.full((len(rows), T), tokenizer.pad_token_id)
     attention_mask = torch.zeros(len(rows), T, dtype=torch.long)
     labels = torch.full((len(rows), T), IGNORE)
     audio = {}
@@ -270,6 +272,8 @@ def pad_batch(rows, pad_id, padding_side="left"):
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
+        "think_mask": input_ids == coat.think_ids[1],
+        "audio_mask": input_ids == audio_id,
         "labels": labels,
         "n_audio": torch.tensor([n_audio for _, _, n_audio, _ in rows]),
         "audio": {name: torch.cat(values) for name, values in audio.items()},
@@ -290,11 +294,7 @@ def build_inputs(coat, waves, prompts, responses=None, think=True, padding_side=
         response = responses[i] if responses else None
         rows.append(encode_row(coat, wave, prompt, response, think))
 
-    tokenizer = coat.processor.tokenizer
-    audio_id = tokenizer.convert_tokens_to_ids(coat.backbone.audio_token)
-    batch = pad_batch(rows, tokenizer.pad_token_id, padding_side)
-    batch["think_mask"] = batch["input_ids"] == coat.think_ids[1]
-    batch["audio_mask"] = batch["input_ids"] == audio_id
+    batch = pad_batch(coat, rows, padding_side)
     if responses is None:
         del batch["labels"]
     return batch

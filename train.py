@@ -38,11 +38,11 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (TONES, Mixture, Rows, Tones, collate, fingerprint, open_source, plan_stage,
-                  teacher_targets, to_device, usable_rows)
+from data import (TONES, Mixture, Rows, Tones, collate, collate_step, fingerprint, idle_batch,
+                  open_source, plan_stage, teacher_targets, to_device)
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads, terms
-from model import (BACKBONES, IGNORE, CoAT, InputError, at_least, build_inputs, checkpoint_steps,
+from model import (BACKBONES, IGNORE, CoAT, InputError, at_least, checkpoint_steps,
                    latest_checkpoint, load_coat, need, one_line_errors, usable_device)
 
 EVERY_EXPERT = ["recon", *EXPERTS]
@@ -55,6 +55,7 @@ DEFAULTS = {"tiny": dict(
 FREE_FLAGS = {"resume", "out", "save_every", "keep", "workers", "device", "heldout", "tensorboard"}
 # What the adapter and the heads of a run fit.
 MODEL_FLAGS = ("backbone", "head", "head_width")
+LESS_MEMORY = "--micro-tokens 2048, --checkpointing or --head-width 1024"
 MAX_LOST = 5    # steps in a row that cannot be taken
 # Dense bf16 peaks by the vendor's datasheets, FLOP/s, for the log's MFU.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -86,7 +87,8 @@ def build_parser():
     add("--focal-gamma", type=float, default=2.0, help="of that term: 0 is plain BCE, else from 1")
     add("--lr", type=float, default=1e-4, help="learning rate of a stage that names none")
     add("--batch", type=at_least(1), default=16, help="rows a step, over all ranks")
-    add("--micro-batch", type=at_least(1), help="rows at once on a rank; None: all of its share")
+    add("--micro-tokens", type=at_least(1), help="most tokens at once on a rank, with padding; a "
+        "longer row goes alone; None: all of its rows at once")
     add("--warmup", type=float, default=0.03, help="share of a stage in which the learning rate "
         "rises, before a cosine to zero")
     add("--weight-decay", type=float, default=0.1, help="of the heads' matrices; adapters, token "
@@ -214,10 +216,8 @@ def prepare(args, world):
         torch.set_num_threads(args.threads)
     if args.tensorboard:
         need("torch.utils.tensorboard", "tensorboard")
-    micro = args.micro_batch or max(1, args.batch // world)
-    if args.batch % (micro * world):
-        raise InputError(f"--batch {args.batch} is not a multiple of {world} ranks times "
-                         f"--micro-batch {micro}")
+    if args.batch % world:
+        raise InputError(f"--batch {args.batch} is not a multiple of {world} ranks")
     if not (args.focal_gamma == 0 or 1 <= args.focal_gamma < math.inf):
         raise InputError(f"--focal-gamma {args.focal_gamma}: give 0, or a number from 1")
     if args.resume and not checkpoint_steps(args.out):
@@ -323,11 +323,6 @@ class Run:
         """Sample rates that the teachers hear."""
         return {expert.sample_rate for expert in self.experts.values()}
 
-    @property
-    def micro(self):
-        """Rows at once on a rank."""
-        return self.args.micro_batch or max(1, self.args.batch // self.ranks.world)
-
     def autocast(self):
         on_gpu = self.ranks.device.type == "cuda"
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=on_gpu)
@@ -389,67 +384,89 @@ def ignore_sigterm(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def micro_batches(run, number, first):
-    """DataLoader of this rank's micro-batches of stage `number`, from its step `first` on."""
+def rank_rows(run, number):
+    """(steps, rows) row numbers of stage `number` that are this rank's."""
     args, ranks = run.args, run.ranks
-    plan = plan_stage(run.source, run.stages[number].steps, args.batch, args.seed, number)[first:]
-    mine = plan.reshape(-1, ranks.world, run.micro)[:, ranks.rank]    # (steps * turns, micro)
-    can_fork = torch.multiprocessing.get_start_method() == "fork"    # else it would run this script
-    return torch.utils.data.DataLoader(
-        Rows(run.source), batch_sampler=mine.tolist(), num_workers=args.workers * can_fork,
-        collate_fn=functools.partial(collate, spec=run.coat.spec, rates=run.rates,
-                                     think=run.coat.think),
-        pin_memory=ranks.device.type == "cuda", worker_init_fn=ignore_sigterm)
+    plan = plan_stage(run.source, run.stages[number].steps, args.batch, args.seed, number)
+    return plan.reshape(len(plan), ranks.world, -1)[:, ranks.rank]
 
 
-def idle_batch(run, skipped):
-    """A row of text without targets, where no row can be used: all ranks take the same turns."""
-    batch = build_inputs(run.coat.spec, [None], ["nothing"], [""])
-    batch["labels"].fill_(IGNORE)
-    waves = {rate: [None] for rate in run.rates}
-    return batch | {"waves": waves, "rows": [], "seconds": 0.0, "skipped": skipped}
+def collate_fn(run):
+    return functools.partial(collate_step, spec=run.coat.spec, rates=run.rates,
+                             think=run.coat.think, micro_tokens=run.args.micro_tokens)
 
 
 def step_batches(run, number, first, clock):
-    """Yields (step of the stage, [its micro-batches on the device])."""
-    turns = run.args.batch // (run.micro * run.ranks.world)
-    loader = iter(micro_batches(run, number, first))
+    """Yields (step of stage `number`, [this rank's micro-batches of it], [InputError of rows left
+    out]), from step `first` on."""
+    can_fork = torch.multiprocessing.get_start_method() == "fork"    # else it would run this script
+    loader = iter(torch.utils.data.DataLoader(
+        Rows(run.source), batch_sampler=rank_rows(run, number)[first:].tolist(),
+        num_workers=run.args.workers * can_fork, collate_fn=collate_fn(run),
+        pin_memory=run.ranks.device.type == "cuda", worker_init_fn=ignore_sigterm))
     for i in range(first, run.stages[number].steps):
-        batches = []
         with clock("data"):
-            for _ in range(turns):
-                batch = next(loader)
-                for reason in batch["skipped"]:    # of every rank, hence not say()
-                    tqdm.write(f"skipped: {reason}")
-                if not batch["rows"]:
-                    batch = idle_batch(run, batch["skipped"])
-                batches.append(to_device(batch, run.ranks.device))
-        yield i, batches
+            batches, skipped = next(loader)
+            batches = [to_device(batch, run.ranks.device) for batch in batches]
+        for reason in skipped:    # of every rank, hence not say()
+            tqdm.write(f"skipped: {reason}")
+        yield i, batches, skipped
 
 
 # --------------------------------------------------------------------------------------------------
 # Start, save, resume
+
+def rehearse(run):
+    """The step with the longest row of the run, with the heads of the last stage and room for
+    AdamW's moments: what does not fit in memory says so now, and not in a week. Nothing is
+    learned. Raises InputError."""
+    lengths = run.source.lengths
+    plans = [rank_rows(run, number) for number in range(len(run.stages))]
+    rows = max((plan[lengths[plan].max(1).argmax()] for plan in plans),
+               key=lambda rows: lengths[rows].max())
+    student = Student(run.coat, run.heads, run.stages[-1].tasks)
+    teachers = {task: run.experts[task] for task in student.tasks if task != "recon"}
+    try:
+        moments = []
+        if not run.optimizer.state:
+            for p in student.parameters():
+                if p.requires_grad:
+                    moments += [torch.empty_like(p), torch.empty_like(p)]
+        batches, _ = collate_fn(run)([Rows(run.source)[row] for row in rows.tolist()])
+        for batch in batches:
+            batch = to_device(batch, run.ranks.device)
+            targets = teacher_targets(teachers, batch)
+            with run.autocast():
+                losses = student(batch, targets)
+            sum(losses.values()).backward()
+    except torch.OutOfMemoryError as e:
+        raise InputError(
+            f"the step with the longest row, {lengths[rows].max():.0f} s, does not fit in memory "
+            f"({str(e).split('. ')[0]}); less is needed with {LESS_MEMORY}") from e
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.ranks.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2 ** 30
+        run.ranks.say(f"the step with the longest row, {lengths[rows].max():.0f} s, takes {peak:.1f} "
+                      "GiB")
 
 def calibrate(run, tasks):
     """Measures scales and best constant answers over the first clips, on rank 0 for all."""
     args, device = run.args, run.ranks.device
     lengths = run.source.lengths
     clips = {task: [] for task in tasks}
-    rows = []
+    rows = np.zeros(0, int)
     if run.ranks.rank == 0 and tasks:
         longest = max(stage.steps for stage in run.stages)    # all as one may exceed a max_epochs
         rows = plan_stage(run.source, longest, args.batch, args.seed, 0).ravel()
         rows = rows[lengths[rows] > 0][:args.calibrate]
-    for start in range(0, len(rows), run.micro):
-        loaded = [Rows(run.source)[int(row)] for row in rows[start:start + run.micro]]
-        batch = to_device(collate(loaded, run.coat.spec, run.rates), device)
-        if not batch["rows"]:
-            continue
-        with torch.no_grad(), run.autocast():
-            heard = {"recon": run.coat(batch).audio_embeds}
-        heard |= teacher_targets(run.experts, batch)
-        for task in tasks:
-            clips[task] += [z[:n] for z, n in zip(heard[task], batch["n_audio"].tolist()) if n]
+    for row in rows.tolist():
+        batch = to_device(collate([Rows(run.source)[row]], run.coat.spec, run.rates), device)
+        if batch["rows"]:
+            with torch.no_grad(), run.autocast():
+                heard = {"recon": run.coat(batch).audio_embeds}
+            heard |= teacher_targets(run.experts, batch)
+            for task in tasks:
+                clips[task].append(heard[task][0])    # (L, E)
     for task, found in clips.items():
         if found:
             run.heads.calibrate(task, found)
@@ -713,8 +730,8 @@ def train(run, log):
             continue
         teachers = {task: run.experts[task] for task in stage.tasks if task != "recon"}
         student = distribute(run, Student(run.coat, run.heads, stage.tasks), teachers)
-        for i, batches in step_batches(run, number, first, clock):
-            n = count_over_ranks(run, batches)
+        for i, batches, skipped in step_batches(run, number, first, clock):
+            n = count_over_ranks(run, batches, skipped)
             if n.stop:
                 return
             sums = Counter()
@@ -745,16 +762,22 @@ def distribute(run, student, teachers):
     """DDP exchanges gradients while the backward pass goes on, and never the frozen weights."""
     if run.ranks.world == 1:
         return student
+    run.optimizer.zero_grad(set_to_none=True)    # they are parts of the buckets of the stage before
     student = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
                                       gradient_as_bucket_view=True)
     # Its first backward pass decides the order of its buckets, and the order of a sum shows in its
     # last bit. After an idle pass, a resumed run sums as an uninterrupted one does.
-    batch = to_device(idle_batch(run, []), run.ranks.device)
+    batch = to_device(idle_batch(run.coat.spec, run.rates), run.ranks.device)
     with run.autocast():
         losses = student(batch, teacher_targets(teachers, batch))
     sum(losses.values()).backward()
-    run.optimizer.zero_grad(set_to_none=True)
+    zero_grad(run)
     return student
+
+
+def zero_grad(run):
+    """Between steps DDP's buckets stay, with the gradients in them; one rank alone gives them back."""
+    run.optimizer.zero_grad(set_to_none=run.ranks.world == 1)
 
 
 def syncing(student, last):
@@ -772,11 +795,10 @@ class Counts(SimpleNamespace):
         return max(1, self.targets if name == "ce" else self.frames)
 
 
-def count_over_ranks(run, batches):
+def count_over_ranks(run, batches, skipped):
     """Counts of a step."""
-    here = Counter(stop=len(run.stop))
+    here = Counter(stop=len(run.stop), skipped=len(skipped))
     for batch in batches:
-        here["skipped"] += len(batch["skipped"])
         if batch["rows"]:
             here["targets"] += (batch["labels"][:, 1:] != IGNORE).sum().item()
             here["frames"] += batch["n_audio"].sum().item()
@@ -812,7 +834,7 @@ def finish_step(run, n, sums, lr, batches):
     else:
         lose_step(run, n, batches)
         losses, norm = dict.fromkeys(losses), None
-    run.optimizer.zero_grad(set_to_none=True)
+    zero_grad(run)
     run.step += 1
     return losses, norm
 
@@ -891,8 +913,7 @@ def announce(run, seconds):
 
 
 def main():
-    one_line_errors(ExpertUnavailable,
-                    less_memory="--micro-batch 1, --checkpointing or --head-width 1024")
+    one_line_errors(ExpertUnavailable, less_memory=LESS_MEMORY)
     begin = time.time()
     args = read_flags()
     stages = [parse_stage(text, args) for text in args.stage]
@@ -918,6 +939,7 @@ def main():
             os.replace(file.name, os.path.join(args.out, "config.json"))
     announce(run, time.time() - begin)
 
+    rehearse(run)
     log = Log(run)
     train(run, log)
     save(run)
