@@ -183,15 +183,15 @@ def test_a_click_shows_at_its_own_token(seconds):
 
 def test_gradient_is_that_of_the_whole_batch_however_it_is_cut(mixed_runs):
     """Equation 4, as sums over the global batch divided by its counts."""
-    whole = moments(mixed_runs / "batch" / "checkpoint-1")
-    assert sum(bool(moment.any()) for moment in whole) == 7 * 4 + 1 + 2 * 2
-    for name in ("micro_batches", "two_ranks"):
-        cut = moments(mixed_runs / name / "checkpoint-1")
-        for ours, of_batch in zip(cut, whole, strict=True):
-            assert (ours - of_batch).norm() <= 1e-5 * of_batch.norm()
-        for key in ("loss", "grad_norm"):
-            of_batch = logged(mixed_runs / "batch", key)
-            np.testing.assert_allclose(logged(mixed_runs / name, key), of_batch, rtol=2e-3)
+    for step, most in ((1, 1e-5), (4, 0.05)):    # AdamW magnifies what is near zero
+        whole = moments(mixed_runs / f"batch/checkpoint-{step}")
+        for name in ("micro_batches", "two_ranks"):
+            cut = moments(mixed_runs / f"{name}/checkpoint-{step}")
+            for ours, of_batch in zip(cut, whole, strict=True):
+                assert (ours - of_batch).norm() <= most * of_batch.norm()
+            losses = logged(mixed_runs / name), logged(mixed_runs / "batch")
+            np.testing.assert_allclose(*losses, rtol=2e-3)
+    assert all(moment.any() for moment in whole)    # the heads' inner weights from the second step on
 
 
 def test_run_killed_while_saving_goes_on_bit_for_bit(mixed_runs):
@@ -913,6 +913,16 @@ def test_batch_without_audio_has_one_masked_frame_and_targets_of_zero(tiny):
     assert tiny(batch).valid.tolist() == [[False], [False]]
 
 
+def test_micro_batch_has_at_most_its_tokens_or_one_row(tiny):
+    row = {"rate": 16000, "prompt": "?", "response": "x"}
+    rows = [row | {"row": i, "wave": noise(0.3 + i % 7)} for i in range(20)]
+    batches, skipped = data.collate_step(rows, tiny.spec, micro_tokens=400)
+    found = [found["row"] for batch in batches for found in batch["rows"]]
+    assert sorted(found) == list(range(20)) and not skipped
+    assert all(b["input_ids"].numel() <= 400 or len(b["rows"]) == 1 for b in batches)
+    assert {len(b["rows"]) for b in batches} > {1} and len(batches) < 20
+
+
 def test_targets_are_made_clip_by_clip(tiny):
     """The level of a clip, its ends and its length are its own, so it must not be padded."""
     pitch = teacher("pitch")
@@ -1379,12 +1389,11 @@ def test_ranks_with_different_numbers_of_usable_rows_are_one_batch(tmp_path):
     seconds = [0.4 + 0.05 * i for i in range(30)]
     rows = manifest(tmp_path, seconds)
     plan = plan_stage(Manifest(rows), 3, 10, seed=0, stage=0)
-    # Micro-batches of 1 go to the ranks in turn.
-    for i in [*plan[0][[1, 5]], *plan[1][1::2], *plan[2]]:
+    for i in [*plan[0][[6, 8]], *plan[1][5:], *plan[2]]:    # rank 1 has the last five of a step
         nan = np.full(round(seconds[i] * 16000), np.nan)
         wav(tmp_path, f"{i}.wav", nan, subtype="FLOAT")
-    flags = [*QUICK, "--data", rows, "--stage", "3:recon,pitch", "--batch", 10, "--micro-batch", 1,
-             "--calibrate", 10]
+    flags = [*QUICK, "--data", rows, "--stage", "3:recon,pitch", "--batch", 10,
+             "--micro-tokens", 1, "--calibrate", 10]
     ended(*two_ranks(tmp_path / "log", *flags, "--out", tmp_path / "two"))
     run("train.py", *flags, "--out", tmp_path / "one")
     for key, want in (("skipped", [2, 7, 17]), ("lost", [0, 0, 1])):
@@ -2038,8 +2047,21 @@ def test_out_of_memory_is_one_line_with_the_flags_that_need_less(capsys, monkeyp
     run("train.py", "--data", "nowhere.jsonl", fails=True)    # it sets the hook
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 1 GiB.")
     sys.excepthook(type(error), error, None)
-    words = "error: CUDA out of memory; .*--micro-batch 1, --checkpointing.*\n"
+    words = "error: CUDA out of memory; .*--micro-tokens 2048, --checkpointing.*\n"
     assert re.fullmatch(words, capsys.readouterr().err)
+
+
+def test_step_that_will_not_fit_in_memory_ends_a_run_before_its_first(tmp_path, monkeypatch):
+    def forward(self, batch):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return plain(self, batch)
+
+    plain = model.CoAT.forward
+    monkeypatch.setattr(model.CoAT, "forward", forward)
+    error = run("train.py", *QUICK, "--stage", "4:recon", "--out", tmp_path, fails=True)
+    assert "the step with the longest row, 2 s, does not fit in memory" in error
+    assert "--micro-tokens" in error
 
 
 @pytest.mark.parametrize("program, flags, words", [
@@ -2985,7 +3007,7 @@ def mixed_runs(tmp_path_factory):
     killed[1].kill()
     ended(*whole)
     run("train.py", *flags, "--out", folder / "batch")
-    run("train.py", *flags, "--out", folder / "micro_batches", "--micro-batch", 1)
+    run("train.py", *flags, "--out", folder / "micro_batches", "--micro-tokens", 1)
     return folder
 
 
