@@ -47,6 +47,7 @@ THINK_START = "<|audio_think_start|>"
 THINK = "<|audio_think|>"
 THINK_END = "<|audio_think_end|>"
 IGNORE = -100          # label of a position that is not a cross-entropy target
+GRAPH_SLOTS = 512      # one CUDA graph serves all answers of as many slots, rounded up to this
 
 # The seven linear maps of a decoder layer. Names alone would also match in the audio tower.
 LORA_TARGETS = (r".*\.language_model\.layers\.\d+\."
@@ -325,6 +326,14 @@ class Slots(StaticLayer):
         return (self.max_cache_len if query_length == 1 else query_length), 0
 
 
+@dataclass
+class Memory:
+    """What the steps of an answer share, at addresses that stay, as a CUDA graph needs it."""
+    cache: transformers.Cache
+    visible: torch.Tensor      # (B, S) bool, which slots of the cache to attend to
+    replay: object = None      # CoAT.capture's, in the place of CoAT.decode
+
+
 class Output(NamedTuple):
     think_states: torch.Tensor    # (B, L, D) final-layer states at the thinking tokens, H_think
     audio_embeds: torch.Tensor    # (B, L, D) what the LM consumed there, x_A; no gradient
@@ -349,7 +358,8 @@ class CoAT(nn.Module):
         self.backbone = BACKBONES[name]
         suppressed_ids = torch.tensor(think_ids, device=lm.device)
         self.register_buffer("suppressed_ids", suppressed_ids, persistent=False)
-        self.use_graph = False
+        self.use_graph = False    # see compile_decode
+        self.memory = None
 
     @property
     def hf(self):
@@ -426,15 +436,30 @@ class CoAT(nn.Module):
         return logits.index_fill(1, self.suppressed_ids, -torch.inf).argmax(-1)
 
     def prefill(self, batch, max_new_tokens):
-        """Prompt and block at once -> the first ids (B,), which slots of the cache are visible
-        (B, S), and the cache, with S = T + max_new_tokens."""
-        n_slots = batch["input_ids"].shape[1] + max_new_tokens
-        layers = self.hf.model.language_model.layers
-        cache = transformers.Cache([Slots(n_slots) for _ in layers])
-        h, _ = self.states(batch, past_key_values=cache, use_cache=True)
-        ids = self.next_ids(h)
-        visible = F.pad(batch["attention_mask"].bool(), (0, max_new_tokens))
-        return ids, visible, cache
+        """Prompt and block at once -> the first ids (B,), and the Memory of the steps."""
+        B, T = batch["input_ids"].shape
+        memory = self.memory_for(B, T + max_new_tokens)
+        memory.visible[:] = False
+        memory.visible[:, :T] = batch["attention_mask"].bool()
+        h, _ = self.states(batch, past_key_values=memory.cache, use_cache=True)
+        return self.next_ids(h), memory
+
+    def memory_for(self, B, n_slots):
+        """New Memory or, with CUDA graphs, the last one if its size serves again: its graph then
+        serves again too."""
+        if self.use_graph:
+            n_slots = math.ceil(n_slots / GRAPH_SLOTS) * GRAPH_SLOTS
+            if self.memory and self.memory.visible.shape == (B, n_slots):
+                for layer in self.memory.cache.layers:
+                    layer.cumulative_length.zero_()
+                return self.memory
+            self.memory = None    # frees the old one first
+        layers = [Slots(n_slots) for _ in self.hf.model.language_model.layers]
+        visible = torch.zeros(B, n_slots, dtype=torch.bool, device=self.suppressed_ids.device)
+        memory = Memory(transformers.Cache(layers), visible)
+        if self.use_graph:
+            self.memory = memory
+        return memory
 
     def decode(self, token, visible, cache):
         """A step: tokens (B,) -> the next ones (B,). visible (B, S): which slots to attend to.
@@ -451,18 +476,19 @@ class CoAT(nn.Module):
         return self.next_ids(out.last_hidden_state)
 
     def compile_decode(self, **kwargs):
-        """Fuses the small kernels of a step, once for all lengths, and on a GPU replays each
-        answer's steps as a CUDA graph. It takes a while, which many or long answers earn back."""
+        """Fuses the small kernels of a step, once for all lengths, and on a GPU replays them as a
+        CUDA graph. It takes a while, which many or long answers earn back. After merge()."""
+        if isinstance(self.lm, peft.PeftModel):
+            raise ValueError("merge() first: an adapter would rebuild its tables in every step")
         self.decode = torch.compile(self.decode, dynamic=True, fullgraph=True, **kwargs)
         self.use_graph = self.suppressed_ids.is_cuda
 
-    def capture(self, token, visible, cache):
-        """`decode` as a CUDA graph over these tensors: hundreds of kernels in one launch."""
+    def capture(self, token, memory):
+        """`decode` as a CUDA graph over this memory: hundreds of kernels in one launch."""
         token = token.clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):    # records, computes nothing
-            ids = self.decode(token, visible, cache)
-        self.graph = graph    # must outlive its last launch; the next capture waits for that
+            ids = self.decode(token, memory.visible, memory.cache)
 
         def replay(new_token, visible, cache):
             token.copy_(new_token)
@@ -479,10 +505,9 @@ class CoAT(nn.Module):
         are (for timing)."""
         pad_id = self.processor.tokenizer.pad_token_id
         eos = torch.tensor(self.eos_ids, device=self.suppressed_ids.device)
-        ids, visible, cache = self.prefill(batch, max_new_tokens)
+        ids, memory = self.prefill(batch, max_new_tokens)
         done = torch.zeros(len(ids), dtype=torch.bool, device=eos.device)
         T = batch["input_ids"].shape[1]
-        decode = self.decode
         for step in range(max_new_tokens):
             token = torch.where(done, pad_id, ids)
             yield token
@@ -498,10 +523,11 @@ class CoAT(nn.Module):
                 elif all_done:
                     return
 
-            visible[:, T + step] = True
-            if self.use_graph and step == 2:    # warm by now, and answers of a word have ended
-                decode = self.capture(token, visible, cache)
-            ids = decode(token, visible, cache)
+            memory.visible[:, T + step] = True
+            if self.use_graph and step == 2 and not memory.replay:    # warm by now
+                memory.replay = self.capture(token, memory)
+            decode = memory.replay or self.decode
+            ids = decode(token, memory.visible, memory.cache)
 
             if stop and eos.is_cuda:
                 copied.synchronize()

@@ -46,11 +46,16 @@ from model import (BACKBONES, IGNORE, CoAT, InputError, at_least, checkpoint_ste
                    latest_checkpoint, load_coat, need, one_line_errors, usable_device)
 
 EVERY_EXPERT = ["recon", *EXPERTS]
-# Flags whose default is another one for a backbone. Random weights know nothing worth keeping: tiny
-# learns faster, and leans on its answers.
-DEFAULTS = {"tiny": dict(
-    stage=["100:recon=0.3", "260:recon=0.3,pitch=0.3"], batch=8, lr=2e-3, calibrate=32, threads=1,
-    workers=1)}
+# Flags whose default is another one for a backbone. 8 B weights need the memory. Random weights know
+# nothing worth keeping: tiny learns faster, and leans on its answers.
+LARGE = dict(checkpointing=True, micro_tokens=8192)
+DEFAULTS = {
+    "qwen2-audio": LARGE,
+    "qwen2.5-omni": LARGE,
+    "audio-flamingo-3": LARGE,
+    "tiny": dict(stage=["100:recon=0.3", "260:recon=0.3,pitch=0.3"], batch=8, lr=2e-3,
+                 calibrate=32, threads=1, workers=1),
+}
 # What may differ in a resumed run: the steps stay the same.
 FREE_FLAGS = {"resume", "out", "save_every", "keep", "workers", "device", "heldout", "tensorboard"}
 # What the adapter and the heads of a run fit.
@@ -102,8 +107,8 @@ def build_parser():
         add(f"--teacher-{task}", help=f"checkpoint of {expert.__name__}; None: fetched, or shipped")
     add("--random-teachers", action="store_true", help="the teachers' architectures with random "
         "weights, for tests and timing only")
-    add("--checkpointing", action="store_true", help="recompute the decoder's activations in the "
-        "backward pass: less memory, more time")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute "
+        "the decoder's activations in the backward pass: less memory, more time")
     add("--compile", action="store_true", help="torch.compile each decoder layer")
     add("--seed", type=at_least(0), default=0, help="of new weights and of the order of the rows")
     add_upkeep(add)
@@ -746,7 +751,7 @@ def train(run, log):
                     for term, weight in stage.weights.items():
                         total = total + weight * losses[term]
                     (total * world).backward()               # DDP takes the mean over ranks
-                for name, value in (losses | {"loss": total}).items():
+                for name, value in ({"loss": total} | losses).items():
                     sums[name] += value.detach()
             lr = learning_rate(stage, i, run.args.warmup)
             losses, norm = finish_step(run, n, sums, lr, batches)
