@@ -192,7 +192,7 @@ def test_gradient_is_that_of_the_whole_batch_however_it_is_cut(mixed_runs):
                 assert (ours - of_batch).norm() <= most * of_batch.norm()
             losses = logged(mixed_runs / name), logged(mixed_runs / "batch")
             np.testing.assert_allclose(*losses, rtol=2e-3)
-    assert all(moment.any() for moment in whole)    # the heads' inner weights from the second step on
+    assert all(moment.any() for moment in whole)    # of the heads' inner weights from step 2 on
 
 
 def test_run_killed_while_saving_goes_on_bit_for_bit(mixed_runs):
@@ -1108,8 +1108,8 @@ def gigaspeech(*segments):
     """GigaSpeech.json, with (text, begin, subsets) of the segments of a file."""
     audio = {"aid": "POD1", "path": "audio/podcast/POD1.opus", "segments": []}
     for text, begin, subsets in segments:
-        segment = {"text_tn": text, "begin_time": begin, "end_time": begin + 2.5, "subsets": subsets}
-        audio["segments"].append(segment)
+        audio["segments"].append({
+            "text_tn": text, "begin_time": begin, "end_time": begin + 2.5, "subsets": subsets})
     return json.dumps({"dataset": "GigaSpeech", "audios": [audio]})
 
 
@@ -2163,7 +2163,8 @@ def test_run_stopped_by_a_signal_saves_and_goes_on(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", stopping)
-        printed = run("train.py", *QUICK, "--stage", "4:recon", "--save-every", 2, "--out", tmp_path)
+        printed = run("train.py", *QUICK, "--stage", "4:recon", "--save-every", 2,
+                      "--out", tmp_path)
     assert "stopped after step 2; go on with" in printed
     run("train.py", "--resume", tmp_path)
     assert logged(tmp_path, "step") == [1, 2, 3, 4]
