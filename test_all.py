@@ -62,6 +62,9 @@ from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, ExpertUnavailable, Sou
 from model import (BACKBONES, IGNORE, THINK, THINK_END, THINK_START, InputError, TooLong,
                    build_inputs, load_backbone, load_coat, n_audio_tokens, render_prompt)
 
+# On the CPU also where there is a GPU, unless COAT_TEST_GPU is set.
+if "COAT_TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 HERE = Path(__file__).parent.resolve()
 REAL = [name for name in BACKBONES if name != "tiny"]    # backbones
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -780,7 +783,18 @@ def test_random_teachers_leave_out_the_one_that_ships_its_weights():
 
 
 def test_teacher_without_a_readout_says_so():
-    assert Expert.readout is None and Affect.readout is None and SpeechUnits.readout is None
+    assert Expert.readout is None and teacher("affect").readout is None
+    assert SpeechUnits.readout is None
+
+
+def test_emotion_head_of_a_plus_file_is_kept_and_read_out():
+    weights = official(Affect, **TINY)
+    weights["proj.weight"] = torch.randn(9, 256)
+    weights["proj.bias"] = torch.randn(9)
+    plus = Affect.from_state_dict({"model": weights})
+    z = torch.randn(4, 256)
+    assert_close(plus.readout(z), F.linear(z, weights["proj.weight"], weights["proj.bias"]))
+    assert len(plus.EMOTIONS) == 9 and not any(p.requires_grad for p in plus.parameters())
 
 
 def test_sixth_teacher_is_one_class_and_one_row(monkeypatch, tmp_path):
@@ -840,7 +854,7 @@ def test_tones_are_the_same_everywhere_and_differ_between_splits():
 
 def test_answers_about_tones_are_balanced():
     source = Tones("train", 600)
-    answers = {kind: [] for kind in data.TONES}
+    answers = {kind: [] for kind in data.DEFAULT_TONES}
     for i in range(600):
         row = source.load(i)
         assert len(row["wave"]) == round(16000 * source.lengths[i]) and row["wave"].abs().max() < 1
@@ -1213,6 +1227,201 @@ CONVERTERS = [
 ]
 
 
+LETTER_ONLY = "\nAnswer with the option's letter from the given choices directly."
+MMAU = {"id": "3fe64f3d", "audio_id": "./test-mini-audios/3fe64f3d.wav",
+        "question": "Based on the given audio, identify the source of the speaking voice.",
+        "choices": ["Man", "Woman", "Child", "Robot"], "answer": "Woman", "dataset": "AudioSet",
+        "task": "sound", "split": "test-mini", "category": "Reasoning",
+        "sub-category": "Acoustic Source Inference", "difficulty": "medium"}
+MMAU_ROW = {"prompt": f"{MMAU['question']}\nA. Man\nB. Woman\nC. Child\nD. Robot" + LETTER_ONLY,
+            "choices": MMAU["choices"], "id": "3fe64f3d", "audio_id": MMAU["audio_id"],
+            "dataset": "AudioSet", "task_": "sound",
+            "split": "test-mini", "category": "Reasoning",
+            "sub-category": "Acoustic Source Inference", "difficulty": "medium"}
+MMAR = {"id": "id1", "audio_path": "./audio/id1.wav", "question": "Which accent?",
+        "choices": ["British", "American"], "answer": "American", "modality": "speech",
+        "category": "Signal Layer", "sub-category": "Accent", "language": "en", "source": "youtube",
+        "url": "https://example.com", "timestamp": "00:11:10,00:11:30"}
+MMAR_ROW = {"prompt": "Listen to the audio and answer the following multiple-choice question. "
+                      "Respond with only the letter (A, B, C, or D) of the correct option.\n"
+                      "Which accent?\nA. British\nB. American\nThe best answer is:",
+            **{key: MMAR[key] for key in MMAR if key not in ("question", "answer")}}
+MMSU = {"id": "s1", "task_name": "accent", "question": "Who?", "choice_a": "one", "choice_b": 2,
+        "choice_c": "three", "choice_d": "four", "answer_gt": "2", "category": "Perception",
+        "sub-category": "Phonology", "audio_path": "audio/s1.wav"}
+MMSU_ROW = {"prompt": "Listen to the audio and answer the following question.\n\nQuestion: Who?\n\n"
+                      "A. one\nB. 2\nC. three\nD. four\n\n"
+                      "Answer with the letter (A, B, C, or D) only.",
+            "choices": ["one", "2", "three", "four"], "id": "s1", "task_name": "accent",
+            "category": "Perception", "sub-category": "Phonology", "audio_path": "audio/s1.wav"}
+
+
+def air_bench(task, dataset, **more):
+    """An item of Foundation_meta.json."""
+    return {"path": "1.wav", "question": "Which?", "choice_a": "yes", "choice_b": "no",
+            "choice_c": None, "choice_d": None, "answer_gt": "no", "task_name": task,
+            "dataset_name": dataset, "uniq_id": 7} | more
+
+
+AIR_BENCH = {
+    "Spoken_Language_Identification_covost2/1.wav": "",
+    "Audio_Grounding_AudioGrounding/1.flac": "",    # named wav
+    "Music_AQA_music_avqa/1.wav": "",
+    "Foundation_meta.json": json.dumps([
+        air_bench("Spoken_Language_Identification", "covost2"),
+        air_bench("Audio_Grounding", "AudioGrounding"), air_bench("Music_AQA", "music_avqa"),
+        air_bench("Music_AQA", "music_avqa", path="2.wav"),
+        air_bench("vocal_sound_classification", "VocalSound", answer_gt="perhaps")]),
+}
+AIR_BENCH_ROWS = []
+for audio, task, dataset in (
+        ("1.wav", "Spoken_Language_Identification", "covost2"),
+        ("1.flac", "Audio_Grounding", "AudioGrounding"), ("1.wav", "Music_AQA", "music_avqa")):
+    AIR_BENCH_ROWS.append((f"{task}_{dataset}/{audio}", "B. no", {
+        "prompt": "Which?\nA. yes\nB. no\n" + LETTER_ONLY, "choices": ["yes", "no"],
+        "path": "1.wav", "task_name": task, "dataset_name": dataset, "uniq_id": 7}))
+STM = """;; "O" "Overall" "Overall"
+sw_4390 A sw_4390_A 0.00 3.10 <O,sw,M,sw-M> IGNORE_TIME_SEGMENT_IN_SCORING
+sw_4390 A sw_4390_A 3.10 5.35 <O,sw,M,sw-M> (%HESITATION) WELL I (TH-) THINK <B_ASIDE> SO
+sw_4390 B inter_segment_gap 0.00 5.35 <O,sw,F,sw-F>
+en_4156 B en_4156_B 357.64 359.64 <O,en,F,en-F>  HE IS A POLICE OFFICER
+"""
+SWITCHBOARD = {"reference/hub5e00.english.000405.stm": STM, "wav/sw_4390-A.wav": "",
+               "wav/sw_4390-B.wav": "", "wav/en_4156-B.wav": ""}
+SWITCHBOARD_ROWS = [
+    ("wav/sw_4390-A.wav", "well i think so",
+     {"start": 3.1, "end": 5.35, "seconds": 2.25, "speaker": "sw_4390_A"}),
+    ("wav/en_4156-B.wav", "he is a police officer",
+     {"start": 357.64, "end": 359.64, "seconds": 2.0, "speaker": "en_4156_B"}),
+]
+MORE_CONVERTERS = [
+    ("switchboard", SWITCHBOARD, None, "asr", SWITCHBOARD_ROWS,
+     "2 left out, 1 not to be scored, 1 empty text"),
+    ("switchboard", SWITCHBOARD, ["callhome"], "asr", SWITCHBOARD_ROWS[1:], "0 left out"),
+    ("audiocaps_qa", {
+        "test/91139.wav": "",
+        "test.csv": "audiocap_id,youtube_id,start_time,caption\n91139,x,1,Rain\n",
+    }, ["test"], "qa", [("test/91139.wav", "Rain", {
+        "prompt": "Answer the question about the audio. What is happening?"})],
+        "0 left out"),
+    ("wavcaps", {
+        "SoundBible_flac/2219.flac": "", "AudioSet_SL_flac/Yb0RFKhbpFJA.flac": "",
+        "json_files/SoundBible/sb_final.json": json.dumps({"num_captions_per_audio": 1, "data": [
+            {"id": "2219", "caption": "An airplane is landing.", "duration": 14.1424375},
+            {"id": "2218", "caption": "A bell.", "duration": 1.5},
+            {"id": "2219", "caption": "Nothing.", "duration": 0.0}]}),
+        "json_files/AudioSet_SL/as_final.json": json.dumps({"data": [
+            {"id": "Yb0RFKhbpFJA.wav", "caption": "Wind.", "duration": 10.0}]}, indent=1),
+    }, ["AudioSet_SL", "SoundBible"], "caption", [
+        ("AudioSet_SL_flac/Yb0RFKhbpFJA.flac", "Wind.", {"seconds": 10.0}),
+        ("SoundBible_flac/2219.flac", "An airplane is landing.", {"seconds": 14.142}),
+    ], "2 left out, 1 no audio file, 1 of 0 s"),
+    ("wavcaps_test", {
+        "clips/0.wav": "", "test.jsonl": json.dumps(
+            {"context": "clips/0.wav", "instruction": "Please {describe} it.", "answer": "Rain."}),
+    }, None, "caption", [("clips/0.wav", "Rain.", {"prompt": "Please {describe} it."})],
+        "0 left out"),
+    ("librisqa_part1", {
+        LIBRISQA: "", "LibriSQA-PartI/LibriSQA-PartI-train.json": json.dumps([
+            LIBRISQA_ROW | {"question": "Who?", "answer": "Tom."}]),
+    }, None, "qa", [(LIBRISQA, "Tom.", {"prompt": "Who?", "seconds": 15.65})], "0 left out"),
+    ("librisqa_part2", {
+        LIBRISQA: "", "LibriSQA-PartII/LibriSQA-PartII-train.json": json.dumps([
+            LIBRISQA_ROW | {"answer": "A", "question_and_option": "Who? A. x B. y C. z D. w"}]),
+    }, None, "mcq", [(LIBRISQA, "A. x", {
+        "prompt": "Who? A. x B. y C. z D. w", "choices": list("xyzw"), "seconds": 15.65})],
+        "0 left out"),
+    ("mmau", {
+        "test-mini-audios/3fe64f3d.wav": "",
+        "mmau-test-mini.json": json.dumps([
+            MMAU, MMAU | {"answer": "Ghost"}, MMAU | {"audio_id": "./gone.wav"},
+            MMAU | {"choices": ["Man"]}, MMAU | {"choices": "[1"}, MMAU | {"question": None}],
+            indent=2),
+    }, None, "mcq", [("test-mini-audios/3fe64f3d.wav", "B. Woman", MMAU_ROW)],
+        "5 left out, 1 with an answer that is none of the choices, 1 no audio file, "
+        "1 with 1 choices, 1 with choices that are no list, 1 empty text"),
+    ("mmar", {
+        "audio/id1.wav": "", "MMAR-meta.json": json.dumps([
+            MMAR, MMAR | {"choices": "['British', 'American']", "answer": " American "}]),
+    }, None, "mcq", [("audio/id1.wav", "B. American", MMAR_ROW)] * 2, "0 left out"),
+    ("mmsu", {
+        "audio/s1.wav": "", "question/mmsu.jsonl":
+            f"{json.dumps(MMSU)}\n{json.dumps(MMSU | {'answer_gt': 'D'})}\n",
+    }, None, "mcq", [("audio/s1.wav", "B. 2", MMSU_ROW), ("audio/s1.wav", "D. four", MMSU_ROW)],
+        "0 left out"),
+    ("air_bench", AIR_BENCH, None, "mcq", AIR_BENCH_ROWS,
+     "2 left out, 1 with an answer that is none of the choices, 1 no audio file"),
+    *[("air_bench", {f"Foundation/{name}": text for name, text in AIR_BENCH.items()}, [split],
+       "mcq", [(f"Foundation/{audio}", response, more)], told)
+      for split, (audio, response, more), told in zip(
+          ("speech", "sound", "music"), AIR_BENCH_ROWS,
+          ("0 left out", "1 left out, 1 with an answer that is none of the choices",
+           "1 left out, 1 no audio file"))],
+    ("alpaca_audio", {
+        "clips/0.wav": "", "test.jsonl": json.dumps(
+            {"context": "clips/0.wav", "instruction": "Obey.", "speech_instruction": "Name {one}.",
+             "answer": "Mars."}),
+    }, None, "spoken_instruction", [("clips/0.wav", "Mars.", {
+        "prompt": "Please give a detail answer to the question in the audio.",
+        "question": "Name {one}."})], "0 left out"),
+    ("gsqa", {
+        "0.wav": "", "train.jsonl": json.dumps(
+            {"instruction": "Name a", "input": "planet", "output": "Mars.", "input_audio": "0.wav",
+             "speech_input": "Name a planet."}),
+    }, None, "spoken_instruction", [("0.wav", "Mars.", {"question": "Name a planet."})],
+        "0 left out"),
+]
+
+
+CONVERTERS += MORE_CONVERTERS
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: tones
+
+def test_semitones_are_a_source_by_name_alone():
+    assert {row["task"] for row in map(open_source("tones::7").load, range(42))} == set(
+        data.TONES) - {"semitone"}
+    row = open_source("tones:semitone").load(0)
+    assert row["prompt"] == "Which pitch class?" and len(row["choices"]) == 12
+    for answer in row["choices"]:    # "C" is no "C#", and "B" is no letter
+        assert infer.parse_choice(answer, row["choices"]) == answer
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: mixtures
+
+def test_group_may_draw_its_sources_by_size(mixture, tmp_path):
+    text = MIXTURE.replace('"share": 3,', '"share": 3, "draw": "by size",')
+    source = Mixture(write(tmp_path / "by_size.json", text))
+    # 500 : 40 rows of 60 and of 300, then the second at its cap of 80 and the first of 3560 - 80
+    assert source.counts(120).tolist() == [56, 4, 40, 20]
+    assert source.counts(600).tolist() == [278, 22, 200, 100]
+    assert source.counts(3560).tolist() == mixture.counts(3560).tolist()
+    assert "\n".join(source.report(600)).count("\n") == "\n".join(mixture.report(600)).count("\n")
+    uniform = MIXTURE.replace('"share": 3,', '"share": 3, "draw": "uniform",')
+    again = Mixture(write(tmp_path / "uniform.json", uniform))
+    assert np.array_equal(again.draw(600, 3, 1), mixture.draw(600, 3, 1))
+
+
+def test_group_by_size_without_a_usable_row_leaves_its_share(mixture, tmp_path):
+    jsonl(tmp_path / "c.jsonl", 1, audio="none.wav", seconds=None)
+    text = MIXTURE.replace('"share"', '"draw": "by size", "share"')
+    source = Mixture(write(tmp_path / "by_size.json", text))
+    assert source.counts(240).tolist() == [167, 13, 0, 60]
+
+
+@pytest.mark.parametrize("draw", ['"alike"', "[]", "null", "1"])
+def test_unknown_draw_is_refused_in_one_line(mixture, tmp_path, draw):
+    bad = write(tmp_path / "bad.json", MIXTURE.replace('"share": 2', f'"share": 2, "draw": {draw}'))
+    with pytest.raises(InputError, match='"draw" of caption is neither') as error:
+        Mixture(bad)
+    assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: converters
+
 @pytest.mark.parametrize("name, files, splits, task, wanted, told", CONVERTERS)
 def test_converter_reads_the_layout_of_its_corpus(
         tmp_path, capsys, name, files, splits, task, wanted, told):
@@ -1222,11 +1431,222 @@ def test_converter_reads_the_layout_of_its_corpus(
     for row, (audio, response, more) in zip(rows, wanted, strict=True):
         question = more.get("prompt", "")
         prompts = [wording.format(question).strip() for wording in data.WORDINGS[row["task"]]]
-        assert row["prompt"] in prompts
+        assert row["prompt"] in [*prompts, question]
         audio = audio and str(root / audio)
         want = {"audio": audio, "response": response, "task": task} | more
         assert row == want | {"prompt": row["prompt"]}
     assert counts == f"{name}: {len(wanted)} rows, {told}"
+
+
+def assert_choices(rows, answers, choices):
+    for row, answer in zip(rows, answers, strict=True):
+        lettered = [f"{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", row["choices"])]
+        assert sorted(row["choices"]) == sorted(choices)
+        assert row["response"] == lettered[row["choices"].index(answer)]
+        assert row["prompt"].endswith(("? " + " ".join(lettered), "voice. " + " ".join(lettered)))
+        assert row["task"] == "mcq"
+
+
+@pytest.mark.parametrize("given, choices", [
+    (["a", None, ""], ["a"]), ([1, 2.5], ["1", "2.5"]), ("a| b |c", ["a", "b", "c"]),
+    ('["a", "b"]', ["a", "b"]), ("['it\\'s', 'b']", ["it's", "b"]),
+    (["A. yes", "B. no"], ["yes", "no"]), (["(A) yes", "(B) no"], ["yes", "no"]),
+    ({"A": "yes", "B": "no", "C": None}, ["yes", "no"]), (["A. yes", "C. no"], ["A. yes", "C. no"]),
+    (["A.M.", "P.M."], ["A.M.", "P.M."]), (["A: x", "B: y", None], ["x", "y"])])
+def test_choices_are_read_however_they_are_written(given, choices):
+    assert data.read_choices(given) == choices
+
+
+@pytest.mark.parametrize("given, words", [
+    ("[1", "no list"), (["a", "", "b"], "empty choice"), (["A. x", "B.", "C. y"], "empty choice")])
+def test_choices_that_cannot_be_read_leave_the_row_out(given, words):
+    with pytest.raises(data.LeftOut, match=words):
+        data.read_choices(given)
+
+
+@pytest.mark.parametrize("answer, number", [
+    ("no", 1), ("No", 1), ("B", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("B. no", 1), ("(b) No", 1),
+    ("0", 0), ("2", 2), ("3", None), ("D", None), ("B. yes", None), ("none", None), ("", None)])
+def test_answer_is_a_text_a_letter_or_an_index(answer, number):
+    assert data.find_choice(answer, ["yes", "no", "perhaps"]) == number
+
+
+def test_text_of_a_choice_goes_before_letters_and_indices():
+    assert data.find_choice("1", ["2", "1", "0"]) == 1
+    assert data.find_choice("A", ["C", "B", "A"]) == 2
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.json", "t.jsonl"])
+def test_any_table_may_have_choices_and_keep_columns(tmp_path, capsys, name):
+    items = [{"file": "1.wav", "q": "Why?", "a": "1", "c": "x|y", "id": "7"},
+             {"file": "1.wav", "q": "Who?", "a": "z", "c": "['x', 'y']", "id": "8"},
+             {"file": "1.wav", "q": "", "a": "x", "c": "x|y", "id": "9"}]
+    text = json.dumps(items) if name == "t.json" else "\n".join(map(json.dumps, items))
+    if name == "t.csv":
+        text = "\n".join([",".join(items[0]),
+                          *(",".join(f'"{cell}"' for cell in item.values()) for item in items)])
+    lay_out(tmp_path / "t", {"1.wav": "", name: text})
+    generic = "csv" if name == "t.csv" else "json"
+    rows, counts = convert(capsys, generic, tmp_path / "t" / name, audio="file", prompt="q",
+                           response="a", choices="c", keep=["id", "a"])
+    assert rows == [{"audio": str(tmp_path / "t/1.wav"), "prompt": "Why? A. x B. y", "id": "7",
+                     "response": "B. y", "task": "mcq", "choices": ["x", "y"], "a": "1"}]
+    assert counts == (f"{generic}: 1 rows, 2 left out, 1 with an answer that is none of the "
+                      "choices, 1 empty text")
+    with pytest.raises(InputError, match="'speaker' in"):
+        convert(capsys, generic, tmp_path / "t" / name, prompt="q", response="a", keep=["speaker"])
+
+
+def test_choices_of_a_table_need_its_questions(table, capsys):
+    with pytest.raises(InputError, match="--choices needs --prompt"):
+        convert(capsys, "csv", table, choices="q", response="a")
+
+
+@pytest.mark.parametrize("name", ["mmar", "mmsu", "gtzan", "muchomusic", "csv"])
+def test_split_of_what_has_none_is_refused(table, capsys, name):
+    with pytest.raises(InputError, match=f"{name} has no splits"):
+        convert(capsys, name, table, ["test"], response="a", prompt="q")
+
+
+def test_vocal_sounds_and_genres_are_asked_by_our_wordings(tmp_path, capsys):
+    names = ["f0003_0_throatclearing", "m0004_1_cough", "f0005_0_sigh"]
+    data_file = {"data": [{"wav": f"/data/sls/x/{name}.wav", "labels": "/m/x"} for name in names]}
+    lay_out(tmp_path / "vs", {"datafiles/te.json": json.dumps(data_file, indent=1),
+                              f"audio_44k/{names[0]}.wav": "", f"audio_16k/{names[1]}.wav": ""})
+    rows, counts = convert(capsys, "vocalsound", tmp_path / "vs")
+    assert_choices(rows, ["throat clearing", "cough"],
+                   ["laughter", "sigh", "cough", "throat clearing", "sneeze", "sniff"])
+    assert [row["speaker"] for row in rows] == ["f0003", "m0004"]
+    assert counts == "vocalsound: 2 rows, 1 left out, 1 no audio file"
+
+    for folder in ("genres", "genres_original"):
+        lay_out(tmp_path / folder, {f"{folder}/rock/rock.00000.wav": "",
+                                    f"{folder}/blues/blues.00001.au": ""})
+        rows, counts = convert(capsys, "gtzan", tmp_path / folder)
+        assert len(rows[0]["choices"]) == 10
+        assert_choices(rows, ["blues", "rock"], rows[0]["choices"])
+
+
+def test_iemocap_names_speaker_and_dialog_and_may_be_asked_without_choices(tmp_path, capsys):
+    iemocap(tmp_path / "full", 1, ["neu", "exc", "xxx"])
+    rows, _ = convert(capsys, "iemocap", tmp_path / "full")
+    assert {(row["speaker"], row["recording"]) for row in rows} == {("Ses01F", "Ses01F_impro01")}
+    open_rows, counts = convert(capsys, "iemocap_qa", tmp_path / "full")
+    assert [row["response"] for row in open_rows] == ["neutral", "happy"]
+    for row in open_rows:
+        assert row["prompt"] in data.WORDINGS["emotion"]
+        assert row["task"] == "qa" and "choices" not in row and row["speaker"] == "Ses01F"
+    assert counts == "iemocap_qa: 2 rows, 1 left out, 1 of emotion xxx"
+
+
+MUCHOMUSIC_HEADER = ("question,dataset,dataset_identifier,correct_answer,distractor_1_answer,"
+                     "distractor_2_answer,distractor_3_answer,genre,music_knowledge,"
+                     "music_reasoning\n")
+
+
+def test_muchomusic_is_found_and_mixed_and_names_instrument_families(tmp_path, capsys):
+    clip = "data/musiccaps/audio/[-0Gj8-vB1q4]-[30-40].wav"
+    lines = [
+        "What plays?,sdd,415600.json,A distorted guitar,Drums,A flute,Silence,Rock,"
+        "\"['instrumentation', 'performance']\",[]\n",
+        "What plays?,musiccaps,-0Gj8-vB1q4_3.json,Guitar and drums,a,b,c,,['instrumentation'],\n",
+        "Which mood?,musiccaps,-0Gj8-vB1q4_3.json,A violin,a,b,c,,[],['mood and expression']\n",
+        "What?,sdd,7.json,a,b,c,d,,[],[]\n"]
+    lay_out(tmp_path / "m", {"data/muchomusic.csv": MUCHOMUSIC_HEADER + "".join(lines), clip: "",
+                             "data/sdd/audio/00/415600.2min.mp3": ""})
+    rows, counts = convert(capsys, "muchomusic", tmp_path / "m")
+    assert [row.get("instrument_family") for row in rows] == ["plucked strings", None, None]
+    assert rows[0]["audio"] == str(tmp_path / "m/data/sdd/audio/00/415600.2min.mp3")
+    assert rows[1]["audio"] == str(tmp_path / "m" / clip)
+    assert sorted(rows[0]["choices"]) == ["A distorted guitar", "A flute", "Drums", "Silence"]
+    assert rows[0]["genre"] == "Rock" and rows[0]["dataset"] == "sdd"
+    letter = "ABCD"[rows[0]["choices"].index("A distorted guitar")]
+    assert rows[0]["response"] == f"{letter}. A distorted guitar"
+    lettered = [f"{mark}. {choice}" for mark, choice in zip("ABCD", rows[0]["choices"])]
+    assert rows[0]["prompt"] == "\n".join(["What plays?", *lettered]) + LETTER_ONLY
+    assert counts == "muchomusic: 3 rows, 1 left out, 1 no audio file"
+
+
+def test_right_answers_of_muchomusic_are_at_every_letter(tmp_path, capsys):
+    lines = [f"What {i}?,sdd,100.json,right,b,c,d,,[],[]\n" for i in range(200)]
+    lay_out(tmp_path / "m", {"data/muchomusic.csv": MUCHOMUSIC_HEADER + "".join(lines),
+                             "data/sdd/audio/00/100.2min.mp3": ""})
+    rows, _ = convert(capsys, "muchomusic", tmp_path / "m")
+    letters = [row["response"][0] for row in rows]
+    assert all(30 < letters.count(letter) < 70 for letter in "ABCD")
+
+
+def test_pitch_class_is_the_one_with_most_notes(tmp_path, capsys):
+    folder = tmp_path / "t"
+    folder.mkdir()
+    t = np.arange(32000) / 16000
+    for name, hz in (("a.wav", 440), ("fis.wav", 185), ("low_c.wav", 65.4)):
+        tone = sum(np.sin(2 * np.pi * k * hz * t) / k for k in (1, 2, 3))
+        wav(folder, name, 0.2 * tone)
+    wav(folder, "silent.wav", np.zeros(16000))
+    write(folder / "broken.wav", "no sound")
+    names = ["a.wav", "fis.wav", "low_c.wav", "silent.wav", "broken.wav"]
+    write(folder / "t.csv", "file,a\n" + "".join(f"{name},x\n" for name in names))
+    rows, counts = convert(capsys, "csv", folder / "t.csv", audio="file", response="a",
+                           pitch_class=True)
+    assert [row["pitch_class"] for row in rows] == ["A", "F#", "C", None]
+    assert counts == ("csv: 4 rows, 1 left out, 1 with a clip that cannot be used; "
+                      "1 without a note")
+
+
+def conversation(*texts, roles=("user", "assistant"), **more):
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    return {"messages": turns} | more
+
+
+def test_conversations_of_one_turn_and_clip_become_rows(tmp_path, capsys):
+    items = [
+        conversation("<audio>What is heard?", "Rain.", audios=["1.wav"]),
+        conversation("Say yes.", "Yes."), conversation("Why? <audio>", "x", audio="1.wav"),
+        conversation("<audio><audio>Which?", "x", audios=["1.wav", "1.wav"]),
+        conversation("Be kind.", "Why?", roles=("system", "user")),
+        conversation([{"type": "text", "text": "Why?"}], "x"),
+        conversation("<audio>Why?", "x", audios=["2.wav"])]
+    lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
+    rows, counts = convert(capsys, "messages", tmp_path / "t/t.jsonl")
+    audio = str(tmp_path / "t/1.wav")
+    assert rows == [
+        {"audio": audio, "prompt": "What is heard?", "response": "Rain.", "task": "qa"},
+        {"audio": None, "prompt": "Say yes.", "response": "Yes.", "task": "qa"},
+        {"audio": audio, "prompt": "Why?", "response": "x", "task": "qa"}]
+    assert counts == ("messages: 3 rows, 4 left out, 2 not of one question and one answer, "
+                      "1 with several clips, 1 no audio file")
+
+
+# --------------------------------------------------------------------------------------------------
+# What goes wrong: data
+
+@pytest.mark.parametrize("row", [
+    conversation("Why?", "x", audios=["1.wav"]), {"conversations": [], "audios": []},
+    {"query": "Why?", "response": "x"}, {"instruction": "Why?", "input": "", "output": "x"}])
+def test_manifest_of_another_project_is_refused_with_the_keys_it_needs(tmp_path, row):
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    keys = ", ".join(sorted(row.keys() - {"response", "input"}))
+    words = f'line 1: no "prompt" but {keys}; a row has "audio", "prompt", "response"'
+    with pytest.raises(InputError, match=re.escape(words)) as error:
+        Manifest(path)
+    assert "convert messages FILE" in str(error.value) and "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Harness: files, rows, corpora
+
+def convert(capsys, name, root, split=None, **flags):
+    """[rows] and the line with the counts. What is written is read as a manifest, too."""
+    flags = {"audio": None, "prompt": None, "response": "response", "task": "qa", "choices": None,
+             "keep": [], "pitch_class": False} | flags
+    capsys.readouterr()
+    data.listing.cache_clear()    # files have come since the last conversion
+    data.convert(SimpleNamespace(name=name, root=str(root), split=split, **flags))
+    out, counts = capsys.readouterr()
+    if out:
+        Manifest(write(root.parent / "converted.jsonl", out))
+    return [json.loads(line) for line in out.splitlines()], counts.strip()
 
 
 def test_librispeech_is_found_in_the_folder_above(tmp_path, capsys):
@@ -1234,15 +1654,6 @@ def test_librispeech_is_found_in_the_folder_above(tmp_path, capsys):
     lay_out(tmp_path / "LibriSpeech", files)
     below = convert(capsys, name, tmp_path / "LibriSpeech", splits)
     assert convert(capsys, name, tmp_path, splits) == below
-
-
-def assert_choices(rows, answers, choices):
-    for row, answer in zip(rows, answers, strict=True):
-        lettered = [f"{letter}. {text}" for letter, text in zip("ABCDEFG", row["choices"])]
-        assert sorted(row["choices"]) == sorted(choices)
-        assert row["response"] == lettered[row["choices"].index(answer)]
-        assert row["prompt"].endswith(("? " + " ".join(lettered), "voice. " + " ".join(lettered)))
-        assert row["task"] == "mcq"
 
 
 def test_iemocap_has_four_emotions(tmp_path, capsys):
@@ -1710,6 +2121,271 @@ def test_probe_refuses_rows_that_cannot_be_split(rows, words):
 
 
 # --------------------------------------------------------------------------------------------------
+# infer.py: where the block is placed
+
+@pytest.fixture(scope="session")
+def no_block(tmp_path_factory):
+    """A run of train.py --no-think."""
+    folder = tmp_path_factory.mktemp("runs") / "no_block"
+    run("train.py", "--data", "tones:note", "--stage", "1:none", "--no-think", *QUICK,
+        "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def no_block_merged(no_block, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merged") / "no_block"
+    run("infer.py", "merge", no_block, folder)
+    return folder
+
+
+def test_block_is_placed_for_models_trained_with_it_alone(trained, merged, no_block,
+                                                          no_block_merged):
+    expected = {"tiny": False, trained.folder: True, merged: True, no_block: False,
+                no_block_merged: False}
+    for name, block in expected.items():
+        ask = ["ask", name, trained.clip, "--question", "?", "--json", "--max-new-tokens", 1]
+        told = last_json(run("infer.py", *ask))
+        without = last_json(run("infer.py", *ask, "--no-think"))
+        extra = told["n_audio"] + 2 if block else 0
+        assert told["prompt_tokens"] == without["prompt_tokens"] + extra
+
+
+def test_predictions_say_whether_the_block_was_placed(trained, no_block, tmp_path):
+    placed = []
+    for model_flags in (["tiny"], [no_block], [trained.folder], [trained.folder, "--no-think"],
+                        [trained.folder, "--text-think"]):
+        out = tmp_path / str(len(placed))
+        run("infer.py", "score", *model_flags[:1], "tones:note:1", "--out", out, *SCORE,
+            *model_flags[1:])
+        placed.append(read_lines(out)[0]["run"]["think"])
+    assert placed == [False, False, True, False, False]
+
+
+def test_what_a_folder_says_of_the_block_is_what_its_model_says(trained, merged, no_block):
+    for name in ("tiny", str(trained.folder), str(merged), str(no_block)):
+        assert infer.known_of(name)["think"] == infer.load_model(name, "cpu").think
+
+
+def test_show_says_that_a_run_without_the_block_has_no_heads(no_block, trained):
+    error = run("infer.py", "show", no_block, trained.clip, fails=True)
+    assert "trained without the thinking block" in error
+
+
+def test_real_backbone_is_not_loaded_onto_a_cpu_by_accident(trained, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ask = ["ask", "qwen2-audio", trained.clip, "--question", "?"]
+    assert "no GPU for qwen2-audio" in run("infer.py", *ask, fails=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# infer.py: score of reasoning in text, and the rules of lmms-eval
+
+@pytest.mark.parametrize("text, answer", [
+    ("<think>A or B</think> <answer> B </answer>", "B"),
+    ("<answer>A</answer> no: <answer>B</answer> so the answer is C", "B"),
+    ("the answer is A? No. The answer is: (B) happy.", "(B) happy."),
+    ("<think>it is loud, the answer is B", "B"),
+    ("<think>A or B</think>\nB", "B"), ("B", "B"), ("<answer> B", "<answer> B"), ("", "")])
+def test_answer_is_taken_out_of_a_text_that_reasons(text, answer):
+    assert infer.final_answer(text) == answer
+
+
+@pytest.fixture
+def lettered(tmp_path):
+    """Four rows of text with the choices yes and no; the right one is yes."""
+    return jsonl(tmp_path / "rows.jsonl", 4, audio=None, seconds=None, task="mcq",
+                 prompt="Is it? A. yes B. no", response="A. yes", choices=["yes", "no"])
+
+
+def answering(monkeypatch, texts):
+    """Lets the model say these texts, and returns the list of all prompts it is asked."""
+    asked = []
+
+    def generate(self, batch, max_new_tokens):
+        asked.extend(row["prompt"] for row in batch["rows"])
+        return texts[:len(batch["rows"])]
+
+    monkeypatch.setattr(model.CoAT, "generate", generate)
+    return asked
+
+
+def test_score_asks_for_reasoning_and_keeps_the_whole_text(lettered, tmp_path, monkeypatch):
+    texts = ["hm <answer>A</answer>", "so the answer is B", "<think>..</think> yes", "perhaps"]
+    asked = answering(monkeypatch, texts)
+    out = tmp_path / "out"
+    score = ["score", "tiny", lettered, "--out", out, *SCORE, "--text-think"]
+    accuracy, _ = last_json(run("infer.py", *score))["results"]
+    assert accuracy["value"] == 0.5 and "1 without an answer, so wrong" in accuracy["note"]
+    assert [line["answer"] for line in predictions(out)] == ["A", "B", "yes", "perhaps"]
+    assert [line["text"] for line in predictions(out)] == texts
+    assert asked == ["Is it? A. yes B. no" + BACKBONES["tiny"].text_think] * 4
+    assert {line["question"] for line in predictions(out)} == {"Is it? A. yes B. no"}
+
+
+def test_score_reasons_with_the_adapter_of_audio_flamingo_3(hub, text_think, lettered, tmp_path):
+    name = "audio-flamingo-3"
+    out = tmp_path / "out"
+    run("infer.py", "score", name, lettered, "--out", out, *SCORE, "--device", "cpu",
+        "--model-path", hub[name], "--text-think", text_think.folder)
+    assert read_lines(out)[0]["run"]["text_think"] == text_think.folder
+    rows = read_lines(lettered)
+    prompts = [row["prompt"] + BACKBONES[name].text_think for row in rows]
+    coat = model.load_text_think(name, text_think.folder, hub[name])
+    said = coat.generate(build_inputs(coat, [None] * 4, prompts, think=False), 4)
+    assert [line["text"] for line in predictions(out)] == said
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("ask tiny CLIP --question ? --text-think --no-think", "drop --no-think"),
+    ("score tiny tones --out x --text-think --no-think", "drop --no-think"),
+    ("score nowhere tones --out x --text-think folder", "name of a backbone"),
+    ("score tiny tones --out x --judge-choices", "give --judge")])
+def test_flags_of_a_score_that_do_not_go_together_end_in_one_line(flags, words):
+    assert words in run("infer.py", *flags.split(), fails=True)
+
+
+def test_judge_says_whether_an_answer_names_the_right_choice(lettered, tmp_path, monkeypatch):
+    answering(monkeypatch, ["Surely it is. <answer>that</answer>"] * 4)
+    score = ["score", "tiny", lettered, "--out", tmp_path / "out", *SCORE, "--text-think"]
+    with judge(["Yes.", "**no**", "yes", "It might."]) as (url, seen):
+        run("infer.py", *score, "--judge", url)
+        assert not seen    # without --judge-choices
+        result = last_json(run("infer.py", *score, "--judge", url, "--judge-choices"))
+        assert len(seen) == 4
+        again = last_json(run("infer.py", *score, "--judge", url, "--judge-choices"))
+        assert len(seen) == 4 and again == result
+    accuracy, _, judged = result["results"]
+    assert accuracy["value"] == 0    # "that" is no choice
+    assert judged["metric"] == "judged accuracy" and judged["value"] == 2 / 3
+    assert "1 unreadable" in judged["note"] and "prompt is ours" in judged["note"]
+    sent = seen[0][2]["messages"][0]["content"]
+    assert "\nA. yes\nB. no\n" in sent and "\nSurely it is. <answer>that</answer>\n" in sent
+    assert BACKBONES["tiny"].text_think not in sent    # no part of the question
+
+
+def test_judge_is_shown_the_question_of_a_row_instead_of_its_prompt(tmp_path):
+    row = {"task": "spoken_instruction", "prompt": "Follow it.", "response": "r", "answer": "a"}
+    assert "[Question]\nFollow it.\n" in infer.judge_prompt(row)
+    spoken = infer.judge_prompt(row | {"question": "Name a {fruit}."})
+    assert "[Question]\nName a {fruit}.\n" in spoken and "Follow it." not in spoken
+
+
+@pytest.mark.parametrize("answer, place", [
+    ("B", 1), ("B.", 1), ("(B)", 1), ("B. happy", 1), ("It is B or C", 2), ("(A) or (B)", 0),
+    ("b", None), ("happy", None), ("", None), ("E", None), ("A man is heard", 0)])
+def test_choice_is_read_as_in_lmms_eval(answer, place):
+    assert infer.lmms_choice(answer, 4) == place
+
+
+def test_lmms_eval_draws_a_choice_where_it_reads_none():
+    rows = [{"row": i, "task": "mcq", "choices": ["yes", "no"], "response": "yes",
+             "answer": "perhaps"} for i in range(200)]
+    ours, _ = infer.measure(rows)
+    theirs, _ = infer.measure(rows, lmms_eval=True)
+    assert ours["value"] == 0 and "200 without an answer, so wrong" in ours["note"]
+    assert abs(theirs["value"] - 0.5) < 0.15
+    assert "draws a choice for those (seed 0)" in theirs["note"]
+    assert theirs == infer.measure(rows, lmms_eval=True)[0]
+
+
+def test_lmms_eval_counts_an_unreadable_rating_as_0():
+    rows = [{"row": i, "task": "caption", "response": "", "answer": ""} for i in range(4)]
+    ratings = {0: 5, 1: None, 2: 3}
+    ours, = infer.measure(rows, ratings)
+    theirs, = infer.measure(rows, ratings, lmms_eval=True)
+    assert ours["value"] == 80 and "left out" in ours["note"]
+    np.testing.assert_allclose(theirs["value"], 160 / 3)
+    assert "unreadable is 0" in theirs["note"]
+
+
+def test_ratings_are_read_as_in_lmms_eval():
+    assert infer.lmms_rating("caption", "It names 2 dogs.\nRating: 4") == 4
+    assert infer.lmms_rating("caption", "Rating: 4. Good.") is None
+    assert infer.lmms_rating("spoken_instruction", "It names 2 dogs.\nRating: 4") == 2
+    assert infer.lmms_rating("spoken_instruction", "Good.") is None
+
+
+def test_score_reads_the_judges_replies_again_for_lmms_eval(judged):
+    with judge(["Rating: 4", "Rating: 2, I think", "Rating: 3"]) as (url, seen):
+        ours, = last_json(judged("--judge", url))["results"]
+        theirs, = last_json(judged("--judge", url, "--lmms-eval"))["results"]
+        assert len(seen) == 3
+    assert ours["value"] == 60
+    np.testing.assert_allclose(theirs["value"], 140 / 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# infer.py: show, probe
+
+def test_show_says_what_it_draws(trained, tmp_path):
+    told = last_json(run("infer.py", "show", trained.folder, trained.clip, "--out",
+                         tmp_path / "show.png"))
+    assert "no codec decoder here" in told["drawn"]["recon"]
+    assert told["drawn"]["pitch"].startswith("the contour")
+    assert 0 <= told["pitch_recall"] <= 1
+
+
+def test_pitch_recall_shows_a_head_that_collapses_to_all_zero():
+    pitch = SimpleNamespace(readout=lambda z: z)
+    z = torch.full((5, 264), -6.0)
+    assert infer.pitch_recall(z, z, pitch) is None    # the teacher hears no pitch
+    heard = z.clone()
+    heard[1:3, 40] = 2.0
+    assert infer.pitch_recall(z, heard, pitch) == 0
+    assert infer.pitch_recall(heard, heard, pitch) == 1
+    half = heard.clone()
+    half[1, 40] = -2.0
+    half[:, 100:] = 2.0    # what the teacher does not hear is not asked for
+    assert infer.pitch_recall(half, heard, pitch) == 0.5
+
+
+@torch.no_grad()
+def test_state_before_the_answer_is_at_the_token_before_the_assistant_header(coat):
+    """The last input token before the assistant turn, section 4.4."""
+    prompts = ["Which?", "Which note is it?"]
+    batch = build_inputs(coat, [noise(1.0), noise(0.5)], prompts, think=False)
+    h, _ = coat.states(batch, use_cache=False)
+    found = infer.probe_states(coat, batch)
+    ids = batch["input_ids"]
+    for i in range(2):
+        text = coat.processor.tokenizer.decode(ids[i])
+        before = text[:text.rindex("<|im_start|>assistant")]
+        n = len(coat.processor.tokenizer(before).input_ids)
+        np.testing.assert_array_equal(found["pre-gen"][i], h[i, n - 1])
+    last = infer.probe_states(coat, batch, "last")
+    np.testing.assert_array_equal(last["pre-gen"], h[:, -1])
+
+
+@torch.no_grad()
+def test_state_before_the_answer_is_at_the_end_of_the_block(coat):
+    batch = build_inputs(coat, [noise(1.0), noise(0.5)], ["Which?", "What note?"])
+    h, _ = coat.states(batch, use_cache=False)
+    assert (batch["input_ids"][:, -1] == coat.think_ids[2]).all()
+    for pre_gen in ("last-user", "last"):
+        found = infer.probe_states(coat, batch, pre_gen)
+        np.testing.assert_array_equal(found["pre-gen"], h[:, -1])
+
+
+def test_probe_says_which_state_before_the_answer_it_took(trained, tmp_path):
+    probe = ["probe", "tiny", trained.folder, "--data", "tones:louder:20", "--workers", 0,
+             "--max-new-tokens", 2]
+    base, ours = last_json(run("infer.py", *probe))["results"]
+    assert (base["pre-gen"]["at"], ours["pre-gen"]["at"]) == ("last-user", "end token")
+    assert "think" in ours and "think" not in base
+    base, ours = last_json(run("infer.py", *probe, "--pre-gen", "last"))["results"]
+    assert (base["pre-gen"]["at"], ours["pre-gen"]["at"]) == ("last", "end token")
+
+
+def test_probe_takes_the_label_from_any_key():
+    row = {"row": 3, "response": "B. sad", "choices": ["happy", "sad"], "speaker": 7, "loud": False}
+    assert infer.label_of(row, None) == "sad"
+    assert infer.label_of(row, "speaker") == "7" and infer.label_of(row, "loud") == "False"
+    with pytest.raises(InputError, match='row 3 has no "mood"'):
+        infer.label_of(row, "mood")
+
+
+# --------------------------------------------------------------------------------------------------
 # bench.py
 
 def test_bench_latency_counts_tokens_and_says_what_transformers_says(tmp_path):
@@ -1753,6 +2429,147 @@ def test_bench_facts_are_those_of_the_published_sizes():
     lora = [facts[name]["LoRA of rank 16 (tiny: 32)"] for name in REAL]
     assert lora == [39976960, 40370176, 40370176]
     assert facts["audio-flamingo-3"]["their ids"] == "151672 .. 151674"
+
+
+def answer_lengths(coat, rows, think, suffix=""):
+    """How many tokens greedy decoding takes to the end token, eight at most."""
+    lengths = []
+    for wave, prompt in rows:
+        batch = build_inputs(coat, [wave], [prompt + suffix], think=think)
+        lengths.append(len(list(coat.stream(batch, 8))))
+    return lengths
+
+
+def latency_of_rows(path, *args):
+    """(the JSON of bench.py latency, {arm: its row})"""
+    found = bench("latency", "--data", path, "--seeds", 1, "--max-new-tokens", 8, *args)
+    return found, {row["arm"]: row for row in found["rows"]}
+
+
+@pytest.fixture(scope="session")
+def timed_rows(tmp_path_factory, tiny):
+    """Three rows timed, where what tiny says third to the first of them, after the block, is an end
+    token: the JSON, its rows by arm, and how many tokens each answer should have had."""
+    folder = tmp_path_factory.mktemp("timed")
+    asked = []
+    lines = []
+    for i, seconds in enumerate((0.5, 1.1, 5.3)):
+        path = wav(folder, f"{i}.wav", noise(seconds, i).numpy())
+        asked.append((read_audio(path)[0], f"Which {i}?"))
+        lines.append({"audio": path, "prompt": f"Which {i}?", "response": "C"})
+    path = write(folder / "rows.jsonl", "\n".join(map(json.dumps, lines)))
+
+    third = greedy(tiny, build_inputs(tiny, [asked[0][0]], [asked[0][1]]), 3)[0, 2]
+    eos = (tiny.processor.tokenizer.convert_ids_to_tokens(third.item()), "<|endoftext|>")
+    ends_early = dataclasses.replace(BACKBONES["tiny"], eos=eos)
+    with unittest.mock.patch.dict(BACKBONES, tiny=ends_early):
+        found, by = latency_of_rows(path)
+        coat = load_coat("tiny")
+    wanted = {
+        "base": answer_lengths(coat, asked, think=False),
+        "CoAT": answer_lengths(coat, asked, think=True),
+        "text-CoT": answer_lengths(coat, asked, think=False, suffix=coat.backbone.text_think)}
+    return SimpleNamespace(found=found, by=by, wanted=wanted)
+
+
+def test_bench_latency_of_rows_decodes_to_the_end_token(timed_rows):
+    assert timed_rows.wanted["CoAT"][0] <= 3 and timed_rows.by["CoAT"]["ended_mean"] > 0
+    for arm, lengths in timed_rows.wanted.items():
+        assert timed_rows.by[arm]["decoded_mean"] == pytest.approx(np.mean(lengths))
+
+
+def test_bench_latency_of_rows_is_that_of_generate_token_for_token(timed_rows):
+    ratio, = timed_rows.found["ratios"]
+    assert ratio["same_ids"] == ratio["clips"] == 3
+    decoded = [timed_rows.by[arm]["decoded_mean"] for arm in ("CoAT", "generate")]
+    assert decoded[0] == decoded[1]
+
+
+def test_bench_latency_asks_text_cot_to_think_and_gives_coat_the_block(timed_rows):
+    by = timed_rows.by
+    sentence = BACKBONES["tiny"].text_think    # tiny has a token a letter
+    assert by["text-CoT"]["prompt"] - by["base"]["prompt"] == len(sentence)
+    assert by["CoAT"]["prompt"] - by["base"]["prompt"] == by["CoAT"]["block"] == 27 + 2
+
+
+def test_bench_latency_counts_the_rows_it_leaves_out(tmp_path):
+    clips = [wav(tmp_path, "long.wav", np.zeros(121 * 8000), 8000), write(tmp_path / "x.wav", "x"),
+             None, wav(tmp_path, "good.wav", noise(1).numpy())]
+    lines = [{"audio": path, "prompt": "?", "response": "C"} for path in clips]
+    lines.append(lines[-1] | {"prompt": THINK})
+    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, lines)))
+    found, by = latency_of_rows(path)
+    assert found["left_out"] == {"too long": 1, "unreadable": 2, "without audio": 1}
+    assert by["base"]["audio"] == "1 rows" and found["ratios"][0]["clips"] == 1
+
+
+def test_bench_latency_takes_the_block_from_the_run_and_base_from_its_backbone(tmp_path):
+    loaded("tiny", None).save(tmp_path / "checkpoint-1")
+    coat = load_coat(adapter=str(tmp_path / "checkpoint-1"))
+    tones = Tones("heldout", 2, ["note"])
+    asked = [(tones.load(i)["wave"], tones.load(i)["prompt"]) for i in range(2)]
+    printed = run("bench.py", "latency", "--model", tmp_path, "--data", "tones:note:2",
+                  "--seeds", 1, "--max-new-tokens", 8)
+    found = last_json(printed)
+    assert found["weights"] == {"base": "random", "CoAT": "trained", "text-CoT": "random",
+                                "generate": "trained"}
+    assert "Of base, text-CoT only the times mean something" in printed
+    by = {row["arm"]: row for row in found["rows"]}
+    assert by["CoAT"]["decoded_mean"] == np.mean(answer_lengths(coat, asked, True))
+    assert found["ratios"][0]["same_ids"] == 2
+
+
+def test_bench_latency_loads_the_authors_adapter_for_text_cot(hub, text_think):
+    name = "audio-flamingo-3"
+    found, by = latency_of_rows("tones:note:1", "--backbone", name, "--model-path", hub[name],
+                                "--text-think", text_think.folder)
+    assert by["text-CoT"]["prompt"] > by["base"]["prompt"]
+    assert found["weights"]["text-CoT"] == "its authors' adapter"
+    assert found["weights"]["base"] == "released"
+
+
+def latency_of_noise(*args):
+    found = bench("latency", "--seconds", 1, "--seeds", 1, "--answer-tokens", 1, "--cot-tokens", 1,
+                  *args)
+    for row in found["rows"]:
+        assert row["tower_mean"] + row["prefill_mean"] == pytest.approx(row["first_mean"])
+    return found["rows"]
+
+
+@pytest.mark.parametrize("slow, part", [
+    ("audio_tower", "tower"), ("multi_modal_projector", "tower"), ("language_model", "prefill")])
+def test_bench_first_token_is_split_where_the_decoder_begins(slow, part, tiny):
+    kind = type(getattr(tiny.hf.model, slow))
+    forward = kind.forward
+
+    def late(*args, **kwargs):
+        time.sleep(0.05)
+        return forward(*args, **kwargs)
+
+    with unittest.mock.patch.object(kind, "forward", late):
+        rows = latency_of_noise()
+    assert all(row[part] >= 50 for row in rows)
+
+
+def test_bench_first_token_is_split_without_a_projector_too(hub):
+    rows = latency_of_noise("--backbone", "qwen2.5-omni", "--model-path", hub["qwen2.5-omni"])
+    assert all(row["tower"] > 0 and row["prefill"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "tones:note:1", "--batch", 2], "--batch has no meaning with --data"),
+    (["--max-new-tokens", 9], "--max-new-tokens has no meaning without --data"),
+    (["--model", "x", "--random-weights"], "drop --random-weights"),
+    (["--model", "x"], "holds no checkpoint")])
+def test_bench_latency_refuses_flags_it_would_not_read(flags, words):
+    assert words in run("bench.py", "latency", *flags, fails=True)
+
+
+def test_bench_latency_needs_a_row_with_audio(tmp_path):
+    line = {"audio": None, "prompt": "?", "response": "C"}
+    path = write(tmp_path / "rows.jsonl", json.dumps(line))
+    printed = run("bench.py", "latency", "--data", path, fails=True)
+    assert "no row is left to ask (0 too long, 0 unreadable, 1 without audio)" in printed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2408,7 +3225,7 @@ def text_think(hub, tmp_path_factory):
     bias = torch.randn(64)
     torch.save({"base_model.model.multi_modal_projector.linear_2.bias": bias},
                folder / "non_lora_trainables.bin")
-    ask = ["ask", name, HERE / "assets/clips/cow.flac", "--question", "?",
+    ask = ["ask", name, HERE / "assets/clips/cow.flac", "--question", "?", "--device", "cpu",
            "--model-path", hub[name], "--max-new-tokens", 2, "--json", "--text-think"]
     return SimpleNamespace(ours=ours, folder=str(folder), bias=bias, ask=ask)
 
@@ -2723,18 +3540,6 @@ def iemocap(root, session, labels):
         text += "C-E2:\tNeutral;\t()\n\n"
     write(folder / "dialog" / "EmoEvaluation" / f"{dialog}.txt", text)
     write(folder / "dialog" / "EmoEvaluation" / f"._{dialog}.txt", b"\xff\0")    # a Mac's
-
-
-def convert(capsys, name, root, split=None, **flags):
-    """[rows] and the line with the counts. What is written is read as a manifest, too."""
-    flags = {"audio": None, "prompt": None, "response": "response", "task": "qa"} | flags
-    capsys.readouterr()
-    data.listing.cache_clear()    # files have come since the last conversion
-    data.convert(SimpleNamespace(name=name, root=str(root), split=split, **flags))
-    out, counts = capsys.readouterr()
-    if out:
-        Manifest(write(root.parent / "converted.jsonl", out))
-    return [json.loads(line) for line in out.splitlines()], counts.strip()
 
 
 # --------------------------------------------------------------------------------------------------
