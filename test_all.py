@@ -2905,6 +2905,24 @@ def test_wrong_flags_end_in_one_line(program, flags, words):
     assert words in run(program, *flags.split(), fails=True)
 
 
+def test_attention_of_cudnn_is_off_where_a_gpu_is_chosen(monkeypatch):
+    """Its backward pass gives NaN with a mask and some lengths (pytorch issue 196678)."""
+    gpu = SimpleNamespace(device=torch.device("cuda:0"))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert model.usable_device("cuda").type == "cuda"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_more_ranks_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert "say --nproc-per-node 1" in run("train.py", fails=True)
+
+
 def test_real_backbone_never_runs_on_a_cpu_by_accident(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert model.usable_device(None, "tiny").type == "cpu"
@@ -3056,6 +3074,15 @@ def test_resume_names_other_versions_and_ranks_and_goes_on(short_run):
 def test_resume_refuses_a_checkpoint_that_lacks_a_file(short_run, name):
     os.remove(f"run/checkpoint-2/{name}")
     assert name in run("train.py", "--resume", "run", fails=True)
+
+
+def test_resume_without_the_memory_calls_no_checkpoint_damaged(short_run, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        run("train.py", "--resume", "run")
 
 
 def test_resume_refuses_a_torn_checkpoint(short_run):

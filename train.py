@@ -46,8 +46,8 @@ from model import (BACKBONES, IGNORE, CoAT, InputError, at_least, checkpoint_ste
                    latest_checkpoint, load_coat, need, one_line_errors, usable_device)
 
 EVERY_EXPERT = ["recon", *EXPERTS]
-# Flags whose default is another one for a backbone. 8 B weights need the memory. Random weights know
-# nothing worth keeping: tiny learns faster, and leans on its answers.
+# Flags whose default is another one for a backbone. 8 B weights leave little memory. Random weights
+# know nothing worth keeping: tiny learns faster, and leans on its answers.
 LARGE = dict(checkpointing=True, micro_tokens=8192)
 DEFAULTS = {
     "qwen2-audio": LARGE,
@@ -243,7 +243,7 @@ class Ranks:
         device = device or ("cuda" if torch.cuda.is_available() else None)
         if device == "cuda" and self.world > 1:
             n_gpus = torch.cuda.device_count()
-            if local >= n_gpus:
+            if 0 < n_gpus <= local:
                 raise InputError(f"rank {local} has no GPU of its own, there are {n_gpus}; say "
                                  f"--nproc-per-node {n_gpus}")
             device = f"cuda:{local}"
@@ -451,8 +451,9 @@ def rehearse(run):
     run.optimizer.zero_grad(set_to_none=True)
     if run.ranks.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2 ** 30
-        run.ranks.say(f"the step with the longest row, {lengths[rows].max():.0f} s, takes {peak:.1f} "
-                      "GiB")
+        run.ranks.say(f"the step with the longest row, {lengths[rows].max():.0f} s, takes "
+                      f"{peak:.1f} GiB")
+
 
 def calibrate(run, tasks):
     """Measures scales and best constant answers over the first clips, on rank 0 for all."""
@@ -467,9 +468,10 @@ def calibrate(run, tasks):
     for row in rows.tolist():
         batch = to_device(collate([Rows(run.source)[row]], run.coat.spec, run.rates), device)
         if batch["rows"]:
-            with torch.no_grad(), run.autocast():
-                heard = {"recon": run.coat(batch).audio_embeds}
-            heard |= teacher_targets(run.experts, batch)
+            heard = teacher_targets(run.experts, batch)
+            if "recon" in tasks:
+                with torch.no_grad(), run.autocast():
+                    heard["recon"] = run.coat(batch).audio_embeds
             for task in tasks:
                 clips[task].append(heard[task][0])    # (L, E)
     for task, found in clips.items():
@@ -781,7 +783,7 @@ def distribute(run, student, teachers):
 
 
 def zero_grad(run):
-    """Between steps DDP's buckets stay, with the gradients in them; one rank alone gives them back."""
+    """DDP's buckets stay, with the gradients in them; one rank alone gives the memory back."""
     run.optimizer.zero_grad(set_to_none=run.ranks.world == 1)
 
 
