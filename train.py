@@ -950,6 +950,7 @@ def main():
     log = Log(run)
     train(run, log)
     save(run)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)    # nothing is left to lose
     log.close()
     if run.skipped or run.lost:
         ranks.say(f"{run.skipped} rows were skipped and {run.lost} steps left out, see above")
