@@ -24,7 +24,6 @@ import re
 import shutil
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -92,6 +91,7 @@ CHOICE_PROMPT = """[Question]
 [Task]
 Does the model's answer, in the end, name the reference choice and no other? A letter names the \
 choice that it marks. Reply with one word: yes or no."""
+MAX_REPLY = 2 ** 20    # bytes of a judge's reply
 
 # What `show` draws of a task, as figure 4 of the paper or not.
 DRAWN = {
@@ -531,6 +531,8 @@ def score(args):
     check_text_think(args)
     if args.judge_choices and not args.judge:
         raise InputError("--judge-choices asks the judge; give --judge URL too")
+    if args.judge:
+        check_judge(args.judge)
     device = device_of(args)
     source = open_source(args.data)
     normalise = normaliser(args.normaliser)
@@ -625,6 +627,37 @@ def judge_prompt(line):
     return CHOICE_PROMPT.format(choices=choices, model_response=whole, **about)
 
 
+def check_judge(url):
+    """Warns if the key can be read on its way. Raises InputError if URL or key cannot be used."""
+    if not re.fullmatch(r"https?://[^\s?#@]+", url, re.I):
+        raise InputError(
+            "--judge takes http(s)://HOST/PATH, without a user, a password or a query; its key is "
+            "read from OPENAI_API_KEY")
+    judge_key()
+    if not re.match(r"https:|http://(localhost|127\.0\.0\.1|\[::1\])(:|/|$)", url, re.I):
+        print(f"warning: {url} is not encrypted, so others can read the key and the rows on "
+              "their way; use https")
+
+
+def judge_key():
+    """OPENAI_API_KEY, or "". Raises InputError if it holds what no key does."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise InputError(
+            "OPENAI_API_KEY holds a space, a line break or a character that is not ASCII; set it "
+            "to the key alone")
+    return key
+
+
+class EveryReply(urllib.request.HTTPErrorProcessor):
+    """Hands on replies of any status. A redirect is not followed: it would get the key."""
+
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
+
+
 def rating_of(args, line):
     """Asks the judge -> a line of the predictions file. Tries five times. Raises InputError."""
     prompt = judge_prompt(line)
@@ -633,36 +666,63 @@ def rating_of(args, line):
         "model": args.judge_model, "messages": [{"role": "user", "content": prompt}],
         "temperature": 0, "max_tokens": 1024}).encode()
     headers = {"Content-Type": "application/json"}
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    key = judge_key()
     if key:
         headers["Authorization"] = f"Bearer {key}"
 
+    opener = urllib.request.build_opener(EveryReply)
     for attempt in range(5):
         try:
             request = urllib.request.Request(url, body, headers)
-            with urllib.request.urlopen(request, timeout=120) as reply:
-                rating = read_reply(json.load(reply), line.get("choices"))
-            return {"row": line["row"], "judge": args.judge_model} | rating
-        except urllib.error.HTTPError as e:
-            why = f"{e.code} {e.reason} {e.read(300).decode(errors='replace')}"
-            if e.code < 500 and e.code not in (408, 409, 429):    # to ask again would not help
-                break
-        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as e:
+            with opener.open(request, timeout=120) as reply:
+                content = reply.read(MAX_REPLY + 1)
+            if 200 <= reply.status < 300:
+                rating = read_reply(content, line.get("choices"))
+                rating["reply"] = masked(rating["reply"], key)
+                return {"row": line["row"], "judge": args.judge_model} | rating
+            if 300 <= reply.status < 400:
+                why = f"{reply.status}, a redirect, is not followed: give the URL it leads to"
+            else:
+                why = f"{reply.status} {reply.reason} {content.decode(errors='replace')}"
+            if reply.status < 500 and reply.status not in (408, 409, 429):
+                break    # to ask again would not help
+        except (OSError, ValueError, LookupError, TypeError, RecursionError,
+                http.client.HTTPException) as e:
             why = f"{type(e).__name__}: {e}"    # cut off, or no such reply
         if attempt < 4:
             time.sleep(2 ** attempt)
+    why = " ".join(masked(why, key).split())[:300]    # masked first: no part of the key is left
     raise InputError(
-        f"the judge at {args.judge} fails ({' '.join(why.split())}); its key is read from "
+        f"the judge at {args.judge} fails ({why}); its key is read from "
         "OPENAI_API_KEY. What it has rated is kept: go on with the same command")
 
 
-def read_reply(reply, is_choice):
-    """{rating: 0..5 or None, reply, tokens: [in, out]} of an endpoint's JSON.
+def masked(text, key):
+    """The text without the key, which an endpoint may repeat."""
+    return text.replace(key, "***") if key else text
 
-    Of a choice the rating is whether the answer names the right one, or None."""
-    text = reply["choices"][0]["message"]["content"] or ""
-    usage = reply.get("usage") or {}
-    tokens = [int(usage.get(kind) or 0) for kind in ("prompt_tokens", "completion_tokens")]
+
+def read_reply(content, is_choice):
+    """{rating: 0..5 or None, reply, tokens: [in, out]} of the bytes that an endpoint sends.
+
+    Of a choice the rating is whether the answer names the right one, or None. Token counts that
+    make no sense are 0."""
+    if len(content) > MAX_REPLY:
+        raise ValueError(f"a reply of over {MAX_REPLY} bytes")
+    reply = json.loads(content, parse_int=float)    # int refuses thousands of digits
+    text = reply["choices"][0]["message"]["content"]
+    if text is None:
+        text = ""
+    if not isinstance(text, str):
+        raise TypeError("its content is no text")
+    text = text.encode(errors="replace").decode()    # half a surrogate pair cannot be written
+
+    usage = reply.get("usage")
+    tokens = [0, 0]
+    for i, kind in enumerate(("prompt_tokens", "completion_tokens")):
+        count = usage.get(kind) if isinstance(usage, dict) else None
+        if isinstance(count, float) and 0 <= count < 1e9:
+            tokens[i] = int(count)
     read = read_verdict if is_choice else read_rating
     return {"rating": read(text), "reply": text, "tokens": tokens}
 
