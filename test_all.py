@@ -2684,6 +2684,158 @@ def test_reserved_tokens_and_odd_rates_leave_a_row_out_of_its_batch(coat):
 
 
 # --------------------------------------------------------------------------------------------------
+# infer.py: the judge's endpoint
+
+def reply_of(content="Rating: 4", **more):
+    return json.dumps({"choices": [{"message": {"content": content}}]} | more).encode()
+
+
+@pytest.fixture(scope="module")
+def one_endpoint():
+    """Sends status, headers and content to every request, and notes their paths in `seen`."""
+    state = SimpleNamespace()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            state.seen.append(self.path)
+            self.send_response(state.status)
+            for name, value in state.headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            with contextlib.suppress(OSError):    # nobody reads on
+                self.wfile.write(state.content)
+
+        do_GET = do_POST
+
+        def log_message(self, *args):
+            pass
+
+    with serving(Handler) as state.url:
+        yield state
+
+
+@pytest.fixture
+def endpoint(one_endpoint, monkeypatch):
+    """It, with endpoint.rate(): what a judge there makes of a caption. The key is sk-secret."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    args = SimpleNamespace(judge=one_endpoint.url, judge_model="m")
+    line = {"row": 0, "task": "caption", "prompt": "?", "response": "r", "answer": "a"}
+    vars(one_endpoint).update(status=200, headers={}, content=reply_of(), seen=[])
+    one_endpoint.rate = functools.partial(infer.rating_of, args, line)
+    return one_endpoint
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_judge_that_redirects_is_not_followed(endpoint, status):
+    endpoint.status = status
+    endpoint.headers = {"Location": endpoint.url.replace("127.0.0.1", "localhost") + "/elsewhere"}
+    with pytest.raises(InputError, match=f"{status}, a redirect, is not followed") as e:
+        endpoint.rate()
+    assert endpoint.seen == ["/chat/completions"] and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("status", [401, 500])
+@pytest.mark.parametrize("before", [0, 280, 290, 400])
+def test_error_of_a_judge_does_not_show_the_key_that_it_repeats(endpoint, status, before):
+    endpoint.status = status
+    endpoint.content = b"x" * before + b"sk-secret, wrong key"
+    with pytest.raises(InputError, match=str(status)) as e:
+        endpoint.rate()
+    assert "sk-" not in str(e.value)
+
+
+def test_rating_does_not_hold_the_key_that_a_judge_repeats(endpoint):
+    endpoint.content = reply_of("You are sk-secret. Rating: 4")
+    rating = endpoint.rate()
+    assert rating["rating"] == 4 and rating["reply"] == "You are ***. Rating: 4"
+
+
+@pytest.mark.parametrize("key", ["sk-1\nsk-2", "sk-1\r\nX: y", "sk-1\x7f", "sk-1\u2028x", "sk-1 a"])
+def test_key_that_no_header_carries_is_refused_unseen(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="^OPENAI_API_KEY holds a space, a line break") as e:
+        infer.check_judge("http://localhost:1/v1")
+    assert "sk-" not in str(e.value)
+
+
+@pytest.mark.parametrize("url", [
+    "http://user:pw@host/v1", "https://user@host", "https://user:p/pw@host", "https://host?key=pw",
+    "https://host#pw", "https://host /v1", "ftp://host/v1", "file:///etc/passwd", "data:,pw",
+    "host:8000/v1", "https://"])
+def test_judge_of_another_scheme_or_with_a_password_is_refused_unseen(url):
+    with pytest.raises(InputError, match="^--judge takes http.s.://HOST/PATH") as e:
+        infer.check_judge(url)
+    assert "pw" not in str(e.value) and "user@" not in str(e.value)
+
+
+def test_judge_is_checked_before_any_row_is_answered(judged, tmp_path):
+    assert "--judge takes" in judged("--judge", "ftp://host", fails=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("url, warned", [
+    ("http://judge.example/v1", 1), ("HTTP://10.0.0.7:8000", 1), ("http://localhost.example", 1),
+    ("http://127.0.0.1.example", 1), ("https://judge.example/v1", 0), ("http://localhost", 0),
+    ("http://127.0.0.1:8000/v1", 0), ("http://[::1]:8000/v1", 0)])
+def test_judge_elsewhere_without_encryption_is_warned_of_once(capsys, url, warned):
+    infer.check_judge(url)
+    assert capsys.readouterr().out.count("is not encrypted") == warned
+
+
+@pytest.mark.parametrize("status, words, requests", [
+    (200, "over 1048576 bytes", 5), (400, "400", 1)])
+def test_endless_reply_of_a_judge_is_not_read_to_its_end(endpoint, status, words, requests):
+    endpoint.status = status
+    endpoint.content = b" " * 2 ** 24 + reply_of()
+    with pytest.raises(InputError, match=words):
+        endpoint.rate()
+    assert len(endpoint.seen) == requests
+
+
+@pytest.mark.parametrize("usage, tokens", [
+    ('{"prompt_tokens": 300, "completion_tokens": 50}', [300, 50]), ("null", [0, 0]),
+    ("[3]", [0, 0]), ('"many"', [0, 0]), ("7", [0, 0]), ("{}", [0, 0]),
+    ('{"prompt_tokens": -1, "completion_tokens": 50}', [0, 50]),
+    ('{"prompt_tokens": "300", "completion_tokens": true}', [0, 0]),
+    ('{"prompt_tokens": NaN, "completion_tokens": Infinity}', [0, 0]),
+    ('{"prompt_tokens": [1], "completion_tokens": {}}', [0, 0]),
+    ('{"prompt_tokens": 1e300, "completion_tokens": ' + "9" * 5000 + "}", [0, 0])])
+def test_reply_of_a_judge_counts_whatever_its_usage_is(usage, tokens):
+    content = reply_of(usage=0).replace(b'"usage": 0', b'"usage": ' + usage.encode())
+    found = infer.read_reply(content, False)
+    assert found == {"rating": 4, "reply": "Rating: 4", "tokens": tokens}
+    assert type(found["tokens"][0]) is int    # as it is written
+    assert infer.read_reply(reply_of(), False)["tokens"] == [0, 0]    # without any
+
+
+@pytest.mark.parametrize("content", [
+    b"[" * 10 ** 6, b'{"a":' * 10 ** 5, b"", b"<html>", b"\xff\xfe\xfd", b"null", b"[]", b"7",
+    b"{}", b'{"choices": {}}', b'{"choices": []}', b'{"choices": ["a"]}', b'{"choices": [{}]}',
+    b'{"choices": [{"message": null}]}', reply_of(7), reply_of(0), reply_of([]), reply_of({}),
+    reply_of(False), reply_of(["Rating: 4"])], ids=range(20))
+def test_judge_whose_reply_is_no_completion_ends_in_one_line(endpoint, content):
+    endpoint.content = content
+    with pytest.raises(InputError, match="its key is read from OPENAI_API_KEY") as e:
+        endpoint.rate()
+    assert len(endpoint.seen) == 5 and "\n" not in str(e.value) and len(str(e.value)) < 550
+
+
+def test_judge_that_breaks_off_an_error_ends_in_one_line(endpoint):
+    endpoint.status = 401
+    endpoint.headers = {"Transfer-Encoding": "chunked"}
+    endpoint.content = b"no length\r\n"
+    with pytest.raises(InputError, match="the judge at"):
+        endpoint.rate()
+
+
+def test_reply_of_a_judge_with_half_a_surrogate_pair_can_be_written(endpoint):
+    endpoint.content = reply_of("\ud83d Rating: 4")
+    infer.write(io.TextIOWrapper(io.BytesIO(), "utf-8"), endpoint.rate())
+
+
+# --------------------------------------------------------------------------------------------------
 # What goes wrong: corpora
 
 @pytest.mark.parametrize("name", list(data.CORPORA))
