@@ -34,10 +34,10 @@ import transformers
 from data import Rows, collate, open_source, plan_stage, teacher_targets, to_device
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads
-from model import (BACKBONES, MIN_SECONDS, SAMPLE_RATE, CoAT, InputError, TooLong, add_adapters,
-                   add_think_tokens, at_least, build_config, build_inputs, build_processor,
+from model import (BACKBONES, COUNT, MIN_SECONDS, SAMPLE_RATE, CoAT, InputError, TooLong,
+                   add_adapters, add_think_tokens, build_config, build_inputs, build_processor,
                    check_seconds, latest_checkpoint, load_coat, load_text_think, need,
-                   one_line_errors, usable_device)
+                   one_line_errors, usable_device, whole)
 
 # Seconds of audio. Table E has five ranges from 0 to 120 s; the text that we have of the paper does
 # not give the bounds between them, so these are ours.
@@ -991,61 +991,70 @@ def add_command(commands, run, with_model=True):
 
 def add_latency(commands, gpus):
     add = add_command(commands, latency)
-    number = at_least(1)
     add("--model", metavar="RUN", help="a run of train.py for CoAT and generate; the others have "
         "its backbone as released, whatever --backbone says")
     add("--data", metavar="ROWS", help="rows.jsonl, mixture.json or tones[:KINDS[:ROWS OF EACH]], "
         "each to the end token; default: noise")
-    add("--max-new-tokens", type=number, help="data: the most that an answer has "
+    add("--max-new-tokens", type=COUNT, help="data: the most that an answer has "
         f"({DATA_FLAGS['max_new_tokens']}); infer.py score --help has the paper's")
     add("--text-think", metavar="FOLDER", help="data: Audio Flamingo 3's think folder for "
         "text-CoT, which else is the backbone asked to think")
     add("--seconds", help="noise: exact lengths, such as 2.5,20; default: five ranges to 120 s")
-    add("--answer-tokens", type=number, help=f"noise ({NOISE_FLAGS['answer_tokens']})")
-    add("--cot-tokens", type=number, help=f"noise ({NOISE_FLAGS['cot_tokens']})")
-    add("--samples", type=number,
+    add("--answer-tokens", type=COUNT, help=f"noise ({NOISE_FLAGS['answer_tokens']})")
+    add("--cot-tokens", type=COUNT, help=f"noise ({NOISE_FLAGS['cot_tokens']})")
+    add("--samples", type=COUNT,
         help=f"noise: clips of a seed in each range ({NOISE_FLAGS['samples']})")
-    add("--batch", type=number, help=f"noise: clips at once ({NOISE_FLAGS['batch']})")
-    add("--seeds", type=number, default=3, help="of noise, or runs over the data (%(default)s)")
+    add("--batch", type=COUNT, help=f"noise: clips at once ({NOISE_FLAGS['batch']})")
+    add("--seeds", type=COUNT, default=3, help="of noise, or runs over the data (%(default)s)")
     add("--compile", default=gpus > 0, action=argparse.BooleanOptionalAction,
         help="fuse the kernels of a decoding step")
     add("--plot", metavar="FILE", help="draw latency against the length of the audio")
+
+
+def checked(args):
+    """The flags, if their lists have the numbers that are needed. Raises InputError."""
+    if args.command == "train" and len(read_seconds(args.mix)) != 2:
+        raise InputError(f"--mix {args.mix}: give two lengths, such as 1,30")
+    if args.command == "scale":
+        for flag, values in (("--seconds", read_seconds(args.seconds)), ("--ranks", args.ranks)):
+            if values != sorted(set(values)):
+                raise InputError(f"{flag}: give each number once, the smallest first")
+    return args
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    number = at_least(1)
     gpus = torch.cuda.device_count()
 
     add_latency(commands, gpus)
 
     add = add_command(commands, train)
-    add("--batch", type=number, default=8, help="rows of a step")
+    add("--batch", type=COUNT, default=8, help="rows of a step")
     add("--mix", default="1,30", metavar="S,S", help="shortest and longest clip of the comparison")
-    add("--steps", type=number, default=8, help="of the comparison")
+    add("--steps", type=COUNT, default=8, help="of the comparison")
     add("--seconds", default="1", help="audio lengths of the steps with experts")
-    add("--repeats", type=number, default=2)
-    add("--head-width", type=number, help="width inside the heads; default the backbone's")
+    add("--repeats", type=COUNT, default=2)
+    add("--head-width", type=COUNT, help="width inside the heads; default the backbone's")
     add("--no-teachers", action="store_true", help="recon alone")
     add("--checkpointing", action="store_true", help="as in train.py")
     add("--compile", action="store_true", help="as in train.py")
 
     add = add_command(commands, loss, with_model=False)
-    add("--hidden", type=number, default=1024, help="width; Qwen2-Audio's is 4096")
-    add("--tokens", type=number, default=800)
-    add("--targets", type=number, default=40)
-    add("--repeats", type=number, default=3)
+    add("--hidden", type=COUNT, default=1024, help="width; Qwen2-Audio's is 4096")
+    add("--tokens", type=COUNT, default=800)
+    add("--targets", type=COUNT, default=40)
+    add("--repeats", type=COUNT, default=3)
 
     add = add_command(commands, scale)
     add("--seconds", default="1,3,10,30,60,120")
-    add("--ranks", type=number, nargs="*", default=list(range(1, gpus + 1)) or [1, 2])
-    add("--repeats", type=number, default=3)
+    add("--ranks", type=whole(1, 1024), nargs="*", default=list(range(1, gpus + 1)) or [1, 2])
+    add("--repeats", type=COUNT, default=3)
 
     add = add_command(commands, facts, with_model=False)
-    add("--head-width", type=number, default=1024, help="narrow heads, counted beside the full")
-    return parser.parse_args()
+    add("--head-width", type=COUNT, default=1024, help="narrow heads, counted beside the full")
+    return checked(parser.parse_args())
 
 
 def main():

@@ -36,9 +36,9 @@ from data import (Rows, at_rate, collate, fingerprint, open_source, read_audio, 
                   to_device, usable_rows)
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads
-from model import (BACKBONES, MAX_SECONDS, SAMPLE_RATE, InputError, TooLong, at_least, build_inputs,
-                   checkpoint_steps, latest_checkpoint, load_coat, load_text_think, need,
-                   one_line_errors, pad_rows, read_coat_json, usable_device)
+from model import (BACKBONES, COUNT, MAX_SECONDS, SAMPLE_RATE, WORKERS, InputError, TooLong,
+                   build_inputs, checkpoint_steps, latest_checkpoint, load_coat, load_text_think,
+                   need, one_line_errors, pad_rows, read_coat_json, real, usable_device)
 
 # Tasks whose answers a judge rates (appendix B); no comparison of strings could.
 JUDGED = ("caption", "music", "spoken_instruction", "text")
@@ -1139,8 +1139,8 @@ def model_flags(add, name="model", nargs=None):
 
 
 def segment_flags(add):
-    add("--start", type=float, help="seconds into the file")
-    add("--end", type=float, help="seconds into the file")
+    add("--start", type=real(0, 10 ** 6), help="seconds into the file")
+    add("--end", type=real(0, 10 ** 6), help="seconds into the file")
 
 
 def answer_flags(add):
@@ -1154,8 +1154,8 @@ def answer_flags(add):
 
 
 def batch_flags(add):
-    add("--batch", type=at_least(1), default=16, help="rows at once (%(default)s)")
-    add("--workers", type=at_least(0), default=2, help="data processes (%(default)s)")
+    add("--batch", type=COUNT, default=16, help="rows at once (%(default)s)")
+    add("--workers", type=WORKERS, default=2, help="data processes (%(default)s)")
 
 
 def ask_flags(add):
@@ -1164,7 +1164,7 @@ def ask_flags(add):
     answer_flags(add)
     add("clips", nargs="+", help="audio files: wav, flac, ogg or mp3")
     add("--question", required=True)
-    add("--max-new-tokens", type=at_least(1), default=128)
+    add("--max-new-tokens", type=COUNT, default=128)
     add("--json", action="store_true", help="one JSON object a clip, with token counts and times")
 
 
@@ -1174,7 +1174,7 @@ def score_flags(add):
     batch_flags(add)
     add("data", help="rows.jsonl, mixture.json or tones[:KINDS[:ROWS OF EACH]]")
     add("--out", required=True, help="predictions, a JSON line a row as they come")
-    add("--max-new-tokens", type=at_least(1), default=256,
+    add("--max-new-tokens", type=COUNT, default=256,
         help="(%(default)s) the paper's table D: ClothoAQA 8; VocalSound, GTZAN, MELD, IEMOCAP 20; "
         "MMAU, MMAR 128; SPGISpeech, Switchboard 512; Alpaca-Audio, WavCaps 1024; VoxPopuli 2048; "
         "others 256")
@@ -1187,7 +1187,8 @@ def score_flags(add):
         help="the judge also says, with a prompt of ours, whether answers to multiple-choice rows "
         "name the right one (the paper evaluates AF3-think so)")
     add("--judge-model", default="gpt-4o-2024-11-20", help="(%(default)s, the paper's)")
-    add("--judge-price", metavar=("IN", "OUT"), nargs=2, type=float, help="of a million tokens")
+    add("--judge-price", metavar=("IN", "OUT"), nargs=2, type=real(0, 10 ** 6),
+        help="of a million tokens")
     add("--lmms-eval", action="store_true",
         help="read choices and ratings as lmms-eval 0.7.3 does: the letter of a choice (so prompts "
         "must letter them), where there is none a random one; 0 for an unreadable rating")
@@ -1215,7 +1216,7 @@ def probe_flags(add):
     add("--pre-gen", choices=["last-user", "last"], default="last-user",
         help="the state before the answer, for models without a block: of the last token before "
         "the assistant turn (%(default)s, the paper's) or of the prompt; with a block: its end")
-    add("--max-new-tokens", type=at_least(1), default=20,
+    add("--max-new-tokens", type=COUNT, default=20,
         help="of the model's own answers (%(default)s)")
     add("--plot", metavar="FILE", help="a picture")
 

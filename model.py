@@ -876,17 +876,31 @@ def one_line_errors(*kinds, less_memory="a smaller batch"):
     sys.excepthook = hook
 
 
-def at_least(low):
-    """A type for argparse: whole numbers from `low` on."""
-    def whole_number(text):
+def in_range(kind, name, low, high):
+    """A type for argparse: what `kind`, called `name`, reads as `low` to `high`."""
+    def number(text):
         try:
-            value = int(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is no whole number") from None
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}")
+            value = math.nan
+        if not low <= value <= high:    # so that NaN is refused too
+            raise argparse.ArgumentTypeError(f"'{text}' is no {name} from {low} to {high}")
         return value
-    return whole_number
+    return number
+
+
+def whole(low, high):
+    """A type for argparse: whole numbers from `low` to `high`."""
+    return in_range(int, "whole number", low, high)
+
+
+def real(low, high):
+    """A type for argparse: numbers from `low` to `high`."""
+    return in_range(float, "number", low, high)
+
+
+COUNT = whole(1, 2 ** 20)    # rows, tokens, clips: more is a slip of the keyboard
+WORKERS = whole(0, 1024)
 
 
 def need(module, package):

@@ -42,8 +42,8 @@ from data import (TONES, Mixture, Rows, Tones, collate, collate_step, fingerprin
                   open_source, plan_stage, teacher_targets, to_device)
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads, terms
-from model import (BACKBONES, IGNORE, CoAT, InputError, at_least, checkpoint_steps,
-                   latest_checkpoint, load_coat, need, one_line_errors, usable_device)
+from model import (BACKBONES, COUNT, IGNORE, WORKERS, CoAT, InputError, checkpoint_steps,
+                   latest_checkpoint, load_coat, need, one_line_errors, real, usable_device, whole)
 
 EVERY_EXPERT = ["recon", *EXPERTS]
 # Flags whose default is another one for a backbone. 8 B weights leave little memory. Random weights
@@ -61,6 +61,9 @@ FREE_FLAGS = {"resume", "out", "save_every", "keep", "workers", "device", "heldo
 # What the adapter and the heads of a run fit.
 MODEL_FLAGS = ("backbone", "head", "head_width")
 LESS_MEMORY = "--micro-tokens 2048, --checkpointing or --head-width 1024"
+STEPS = whole(1, 10 ** 9)
+LR = real(1e-30, 1e30)    # within fp32
+WEIGHT = real(1e-9, 10 ** 9)    # of an expert
 MAX_LOST = 5    # steps in a row that cannot be taken
 # Dense bf16 peaks by the vendor's datasheets, FLOP/s, for the log's MFU.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -88,20 +91,22 @@ def build_parser():
         "weight: 500:recon,pitch=0.5:2e-4; or all, or none; None: 100000:recon and 100000:all")
     add("--no-think", action="store_true", help="no thinking block, so no experts: plain "
         "fine-tuning, the first row of table 4")
-    add("--w-pitch-aux", type=float, default=1.0, help="of the focal-BCE inside L_pitch (3.3.2)")
-    add("--focal-gamma", type=float, default=2.0, help="of that term: 0 is plain BCE, else from 1")
-    add("--lr", type=float, default=1e-4, help="learning rate of a stage that names none")
-    add("--batch", type=at_least(1), default=16, help="rows a step, over all ranks")
-    add("--micro-tokens", type=at_least(1), help="most tokens at once on a rank, with padding; a "
+    add("--w-pitch-aux", type=real(0, 10 ** 9), default=1.0,
+        help="of the focal-BCE inside L_pitch (3.3.2)")
+    add("--focal-gamma", type=real(0, 100), default=2.0,
+        help="of that term: 0 is plain BCE, else from 1")
+    add("--lr", type=LR, default=1e-4, help="learning rate of a stage that names none")
+    add("--batch", type=COUNT, default=16, help="rows a step, over all ranks")
+    add("--micro-tokens", type=COUNT, help="most tokens at once on a rank, with padding; a "
         "longer row goes alone; None: all of its rows at once")
-    add("--warmup", type=float, default=0.03, help="share of a stage in which the learning rate "
-        "rises, before a cosine to zero")
-    add("--weight-decay", type=float, default=0.1, help="of the heads' matrices; adapters, token "
-        "rows, norms and biases have none")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--warmup", type=real(0, 1), default=0.03, help="share of a stage in which the "
+        "learning rate rises, before a cosine to zero")
+    add("--weight-decay", type=real(0, 100), default=0.1, help="of the heads' matrices; adapters, "
+        "token rows, norms and biases have none")
+    add("--clip", type=real(1e-9, 10 ** 9), default=1.0, help="largest norm of the gradient")
     add("--head", default="transformer", choices=["transformer", "linear"], help="projection heads")
-    add("--head-width", type=at_least(1), help="width inside the heads; None: the backbone's")
-    add("--calibrate", type=at_least(1), default=64, help="clips over which the scale of each loss "
+    add("--head-width", type=COUNT, help="width inside the heads; None: the backbone's")
+    add("--calibrate", type=COUNT, default=64, help="clips over which the scale of each loss "
         "is measured")
     for task, expert in EXPERTS.items():
         add(f"--teacher-{task}", help=f"checkpoint of {expert.__name__}; None: fetched, or shipped")
@@ -110,20 +115,21 @@ def build_parser():
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute "
         "the decoder's activations in the backward pass: less memory, more time")
     add("--compile", action="store_true", help="torch.compile each decoder layer")
-    add("--seed", type=at_least(0), default=0, help="of new weights and of the order of the rows")
+    add("--seed", type=whole(0, 2 ** 63 - 1), default=0,
+        help="of new weights and of the order of the rows")
     add_upkeep(add)
     return parser
 
 
 def add_upkeep(add):
     """Flags that change nothing in what is learned."""
-    add("--save-every", type=at_least(1), default=1000, help="steps between checkpoints")
-    add("--keep", type=at_least(1), default=2, help="how many checkpoints stay")
-    add("--workers", type=at_least(0), default=2, help="data processes a rank")
+    add("--save-every", type=STEPS, default=1000, help="steps between checkpoints")
+    add("--keep", type=COUNT, default=2, help="how many checkpoints stay")
+    add("--workers", type=WORKERS, default=2, help="data processes a rank")
     add("--device", help="cpu or cuda; None: the GPU, or for tiny the CPU if there is none")
-    add("--threads", type=at_least(1), help="CPU threads of a rank; sums, and so a resumed run, "
-        "depend on them in the last bit")
-    add("--heldout", type=at_least(0), default=60, help="held-out rows of each kind of tone "
+    add("--threads", type=whole(1, 4 * os.cpu_count()), help="CPU threads of a rank; sums, "
+        "and so a resumed run, depend on them in the last bit")
+    add("--heldout", type=whole(0, 10 ** 6), default=60, help="held-out rows of each kind of tone "
         "question, asked at the end")
     add("--tensorboard", action="store_true", help="also write the log for TensorBoard")
 
@@ -186,25 +192,24 @@ class Stage(NamedTuple):
 
 def parse_stage(text, args):
     """Stage of STEPS:EXPERTS[:LR], such as 500:recon,pitch=0.5:2e-4. Raises InputError."""
+    steps, _, rest = text.partition(":")
+    experts, colon, lr = rest.partition(":")
     try:
-        steps, experts, *lr = text.split(":")
-        stage_lr, = lr or [args.lr]
+        n_steps = STEPS(steps)
+        stage_lr = LR(lr) if colon else args.lr
         task_weights = {}
         for part in experts.split(","):
             task, _, weight = part.partition("=")
             for name in EVERY_EXPERT if task == "all" else [task]:
-                task_weights[name] = float(weight or 1)
+                task_weights[name] = WEIGHT(weight or 1)
         task_weights.pop("none", None)
-        numbers = [float(stage_lr), *task_weights.values()]
-        if int(steps) < 1 or not all(0 < number < math.inf for number in numbers):
-            raise ValueError(text)
         if unknown := set(task_weights) - set(EVERY_EXPERT):
-            raise ValueError(unknown)
-    except ValueError as e:
+            raise argparse.ArgumentTypeError(f"there is no expert '{unknown.pop()}'")
+    except argparse.ArgumentTypeError as e:
         raise InputError(
-            f"--stage {text}: give STEPS:EXPERTS or STEPS:EXPERTS:LR with EXPERTS from "
+            f"--stage {text}: {e}; give STEPS:EXPERTS or STEPS:EXPERTS:LR with EXPERTS from "
             f"{','.join(EVERY_EXPERT)}, each perhaps with a weight as in pitch=0.5, or all, or "
-            "none; weights and LR, or --lr, are numbers above 0") from e
+            "none") from e
     if args.no_think and task_weights:
         raise InputError(f"--stage {text}: without the thinking block there is nothing for experts "
                          f"to teach; give {steps}:none with --no-think")
@@ -212,7 +217,7 @@ def parse_stage(text, args):
     for task, weight in task_weights.items():
         for term in terms(task):
             weights[term] = weight * (args.w_pitch_aux if term == "pitch_aux" else 1)
-    return Stage(int(steps), list(task_weights), weights, float(stage_lr))
+    return Stage(n_steps, list(task_weights), weights, stage_lr)
 
 
 def prepare(args, world):
