@@ -183,8 +183,8 @@ class ExpertHeads(nn.ModuleDict):
 
     @torch.no_grad()
     def calibrate(self, task, clips):
-        """Measures what the best constant answer costs, and lets the head start from it: weights
-        zero, bias the mean.
+        """Measures what the best constant answer costs, and lets the head start from the mean
+        feature: output weights zero, bias the mean.
 
         clips   [(L, E)] the teacher's features, one a clip"""
         z = torch.cat(clips).float()

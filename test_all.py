@@ -3225,8 +3225,13 @@ def test_step_that_is_not_finite_is_left_out(tmp_path):
 
 def test_fifth_step_in_a_row_that_is_not_finite_saves_and_ends_the_run(tmp_path):
     error = run("train.py", *QUICK, "--stage", "9:recon:1e30", "--out", tmp_path, fails=True)
-    assert "step 6, the 5th in a row: the loss is not finite" in error
-    assert os.path.exists(tmp_path / "checkpoint-5" / "state.pt")
+    assert "step 6 is the 5th in a row that is left out: the loss is not finite" in error
+    state = torch.load(tmp_path / "checkpoint-6" / "state.pt", weights_only=True)
+    assert state["lost"] == 5
+
+
+def test_resume_into_another_folder_is_refused(short_run):
+    assert "leave out --out" in run("train.py", "--resume", "run", "--out", "other", fails=True)
 
 
 def test_start_that_came_to_no_checkpoint_can_be_begun_anew(tmp_path):

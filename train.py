@@ -59,7 +59,7 @@ DEFAULTS = {
 # What may differ in a resumed run: the steps stay the same.
 FREE_FLAGS = {"resume", "out", "save_every", "keep", "workers", "device", "heldout", "tensorboard"}
 # What the adapter and the heads of a run fit.
-MODEL_FLAGS = ("backbone", "head", "head_width")
+MODEL_FLAGS = ("backbone", "head", "head_width", "focal_gamma")
 LESS_MEMORY = "--micro-tokens 2048, --checkpointing or --head-width 1024"
 STEPS = whole(1, 10 ** 9)
 LR = real(1e-30, 1e30)    # within fp32
@@ -178,6 +178,8 @@ def read_flags():
     if changed:
         raise InputError(f"'{given.resume or given.init_from}' was trained with other flags; leave "
                          f"out {', '.join(changed)}, or start a new run")
+    if args.resume and args.out not in (None, saved.get("out"), args.resume):
+        raise InputError(f"--resume {args.resume} goes on in that folder; leave out --out {args.out}")
     args.out = args.resume or args.out
     return args
 
@@ -438,10 +440,9 @@ def rehearse(run):
     teachers = {task: run.experts[task] for task in student.tasks if task != "recon"}
     try:
         moments = []
-        if not run.optimizer.state:
-            for p in student.parameters():
-                if p.requires_grad:
-                    moments += [torch.empty_like(p), torch.empty_like(p)]
+        for p in student.parameters():
+            if p.requires_grad and p not in run.optimizer.state:
+                moments += [torch.empty_like(p), torch.empty_like(p)]
         batches, _ = collate_fn(run)([Rows(run.source)[row] for row in rows.tolist()])
         for batch in batches:
             batch = to_device(batch, run.ranks.device)
@@ -818,9 +819,7 @@ def count_over_ranks(run, batches, skipped):
             here["slots"] += batch["input_ids"].numel()
             here["seconds"] += batch["seconds"]
     names = ("targets", "frames", "tokens", "slots", "seconds", "skipped", "stop")
-    n = Counts(**dict(zip(names, run.ranks.sum(*(here[name] for name in names)))))
-    run.skipped += int(n.skipped)
-    return n
+    return Counts(**dict(zip(names, run.ranks.sum(*(here[name] for name in names)))))
 
 
 def learning_rate(stage, i, warmup):
@@ -838,6 +837,8 @@ def finish_step(run, n, sums, lr, batches):
     losses = dict(zip(sums, run.ranks.sum(*torch.stack(list(sums.values())).tolist())))
     params = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(params, run.args.clip).item()
+    run.step += 1
+    run.skipped += int(n.skipped)
     if n.targets and math.isfinite(norm + sum(losses.values())):
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -847,7 +848,6 @@ def finish_step(run, n, sums, lr, batches):
         lose_step(run, n, batches)
         losses, norm = dict.fromkeys(losses), None
     zero_grad(run)
-    run.step += 1
     return losses, norm
 
 
@@ -859,11 +859,11 @@ def lose_step(run, n, batches):
     why = f"the loss is not finite; rows {rows} of this rank are in it"
     if not n.targets:
         why = "none of its rows can be used; see the reasons above"
-    run.ranks.say(f"!! step {run.step + 1} is left out: {why}")
+    run.ranks.say(f"!! step {run.step} is left out: {why}")
     if run.lost_in_a_row == MAX_LOST:
         save(run)
-        raise InputError(f"step {run.step + 1}, the {MAX_LOST}th in a row: {why}. The last good "
-                         "step is saved; look at these rows, or start a new run with a lower --lr")
+        raise InputError(f"step {run.step} is the {MAX_LOST}th in a row that is left out: {why}. The "
+                         "run is saved; look at these rows, or start a new run with a lower --lr")
 
 
 # --------------------------------------------------------------------------------------------------
