@@ -872,7 +872,8 @@ def load_heads(args, checkpoint, device):
     hidden = coat.hf.config.get_text_config().hidden_size
     dims = {task: experts[task].dim if task in experts else hidden for task in tasks}
     readouts = {task: expert.readout for task, expert in experts.items()}
-    heads = ExpertHeads(hidden, dims, readouts, flags["head"], flags["head_width"], flags["focal_gamma"]).to(device)
+    heads = ExpertHeads(hidden, dims, readouts, flags["head"], flags["head_width"],
+                        flags["focal_gamma"]).to(device)
     heads.load_state_dict(weights)    # with the scales of the losses
     return coat, experts, heads
 

@@ -179,7 +179,8 @@ def read_flags():
         raise InputError(f"'{given.resume or given.init_from}' was trained with other flags; leave "
                          f"out {', '.join(changed)}, or start a new run")
     if args.resume and args.out not in (None, saved.get("out"), args.resume):
-        raise InputError(f"--resume {args.resume} goes on in that folder; leave out --out {args.out}")
+        raise InputError(f"--resume {args.resume} goes on in that folder; leave out --out "
+                         f"{args.out}")
     args.out = args.resume or args.out
     return args
 
@@ -862,8 +863,9 @@ def lose_step(run, n, batches):
     run.ranks.say(f"!! step {run.step} is left out: {why}")
     if run.lost_in_a_row == MAX_LOST:
         save(run)
-        raise InputError(f"step {run.step} is the {MAX_LOST}th in a row that is left out: {why}. The "
-                         "run is saved; look at these rows, or start a new run with a lower --lr")
+        raise InputError(f"step {run.step} is the {MAX_LOST}th in a row that is left out: {why}. "
+                         "The run is saved; look at these rows, or start a new run with a lower "
+                         "--lr")
 
 
 # --------------------------------------------------------------------------------------------------
