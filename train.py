@@ -112,9 +112,6 @@ def build_parser():
         add(f"--teacher-{task}", help=f"checkpoint of {expert.__name__}; None: fetched, or shipped")
     add("--random-teachers", action="store_true", help="the teachers' architectures with random "
         "weights, for tests and timing only")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute "
-        "the decoder's activations in the backward pass: less memory, more time")
-    add("--compile", action="store_true", help="torch.compile each decoder layer")
     add("--seed", type=whole(0, 2 ** 63 - 1), default=0,
         help="of new weights and of the order of the rows")
     add_upkeep(add)
@@ -123,6 +120,9 @@ def build_parser():
 
 def add_upkeep(add):
     """Flags that change nothing in what is learned."""
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute "
+        "the decoder's activations in the backward pass: less memory, more time")
+    add("--compile", action="store_true", help="torch.compile each decoder layer")
     add("--save-every", type=STEPS, default=1000, help="steps between checkpoints")
     add("--keep", type=COUNT, default=2, help="how many checkpoints stay")
     add("--workers", type=WORKERS, default=2, help="data processes a rank")
