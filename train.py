@@ -331,6 +331,19 @@ class Run:
     def total(self):
         return sum(stage.steps for stage in self.stages)
 
+    @functools.cached_property
+    def plans(self):
+        """[(steps, rows) row numbers of each stage that are this rank's]"""
+        plans = []
+        for number, stage in enumerate(self.stages):
+            plan = plan_stage(self.source, stage.steps, self.args.batch, self.args.seed, number)
+            plans.append(plan.reshape(stage.steps, self.ranks.world, -1)[:, self.ranks.rank])
+        return plans
+
+    def teachers(self, stage):
+        """{task: frozen teacher} of a stage; recon's is the model itself."""
+        return {task: self.experts[task] for task in stage.tasks if task != "recon"}
+
     @property
     def rates(self):
         """Sample rates that the teachers hear."""
@@ -392,16 +405,14 @@ def open_data(args, stages, ranks):
     return source, found
 
 
+def can_fork():
+    """Where processes are spawned, a data process would run this script once more."""
+    return torch.multiprocessing.get_start_method() == "fork"
+
+
 def ignore_sigterm(worker):
     """In a data process: a signal to all processes is for the rank, which saves."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def rank_rows(run, number):
-    """(steps, rows) row numbers of stage `number` that are this rank's."""
-    args, ranks = run.args, run.ranks
-    plan = plan_stage(run.source, run.stages[number].steps, args.batch, args.seed, number)
-    return plan.reshape(len(plan), ranks.world, -1)[:, ranks.rank]
 
 
 def collate_fn(run):
@@ -412,10 +423,9 @@ def collate_fn(run):
 def step_batches(run, number, first, clock):
     """Yields (step of stage `number`, [this rank's micro-batches of it], [InputError of rows left
     out]), from step `first` on."""
-    can_fork = torch.multiprocessing.get_start_method() == "fork"    # else it would run this script
     loader = iter(torch.utils.data.DataLoader(
-        Rows(run.source), batch_sampler=rank_rows(run, number)[first:].tolist(),
-        num_workers=run.args.workers * can_fork, collate_fn=collate_fn(run),
+        Rows(run.source), batch_sampler=run.plans[number][first:].tolist(),
+        num_workers=run.args.workers if can_fork() else 0, collate_fn=collate_fn(run),
         pin_memory=run.ranks.device.type == "cuda", worker_init_fn=ignore_sigterm))
     for i in range(first, run.stages[number].steps):
         with clock("data"):
@@ -434,11 +444,10 @@ def rehearse(run):
     AdamW's moments: what does not fit in memory says so now, and not in a week. Nothing is
     learned. Raises InputError."""
     lengths = run.source.lengths
-    plans = [rank_rows(run, number) for number in range(len(run.stages))]
-    rows = max((plan[lengths[plan].max(1).argmax()] for plan in plans),
+    rows = max((plan[lengths[plan].max(1).argmax()] for plan in run.plans),
                key=lambda rows: lengths[rows].max())
     student = Student(run.coat, run.heads, run.stages[-1].tasks)
-    teachers = {task: run.experts[task] for task in student.tasks if task != "recon"}
+    teachers = run.teachers(run.stages[-1])
     try:
         moments = []
         for p in student.parameters():
@@ -742,7 +751,7 @@ def train(run, log):
         first = run.step - sum(before.steps for before in run.stages[:number])
         if first >= stage.steps:
             continue
-        teachers = {task: run.experts[task] for task in stage.tasks if task != "recon"}
+        teachers = run.teachers(stage)
         student = distribute(run, Student(run.coat, run.heads, stage.tasks), teachers)
         for i, batches, skipped in step_batches(run, number, first, clock):
             n = count_over_ranks(run, batches, skipped)
@@ -921,6 +930,8 @@ def announce(run, seconds):
               f"({', '.join(run.tasks) or 'none'})")
     ranks.say(f"{run.total} steps of {args.batch} rows from {args.data}, to {args.out}, set up in "
               f"{seconds:.0f} s")
+    if args.workers and not can_fork():
+        ranks.say("no data processes on this system (--workers 0): rows are loaded between steps")
     if isinstance(run.source, Tones) and args.backbone != "tiny":
         ranks.say("!! training on synthetic tones, which teach nothing about speech or sound; give "
                   "--data a manifest, see data.py")
