@@ -36,8 +36,8 @@ from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads
 from model import (BACKBONES, COUNT, MIN_SECONDS, SAMPLE_RATE, CoAT, InputError, TooLong,
                    add_adapters, add_think_tokens, build_config, build_inputs, build_processor,
-                   check_seconds, latest_checkpoint, load_coat, load_text_think, need,
-                   one_line_errors, usable_device, whole)
+                   check_seconds, latest_checkpoint, load_coat, load_text_think,
+                   mixed_precision, need, one_line_errors, usable_device, whole)
 
 # Seconds of audio. Table E has five ranges from 0 to 120 s; the text that we have of the paper does
 # not give the bounds between them, so these are ours.
@@ -77,11 +77,6 @@ def noise_batch(coat, n, seconds, device, **options):
     source = Noise(n, seconds, seconds)
     rows = [source.load(i) for i in range(n)]
     return to_device(collate(rows, coat.spec, **options), device)
-
-
-def mixed_precision(device):
-    """The autocast of train.py's steps."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def read_seconds(text):

@@ -933,6 +933,11 @@ def usable_device(name=None, backbone="tiny"):
     return device
 
 
+def mixed_precision(device):
+    """The autocast of a training step: bf16 on a GPU, nothing on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def checkpoint_steps(run):
     """Steps of the whole checkpoint-STEP folders of a run, in order."""
     names = os.listdir(run) if os.path.isdir(run) else []

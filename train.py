@@ -43,7 +43,8 @@ from data import (TONES, Mixture, Rows, Tones, collate, collate_step, fingerprin
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads, terms
 from model import (BACKBONES, COUNT, IGNORE, WORKERS, CoAT, InputError, checkpoint_steps,
-                   latest_checkpoint, load_coat, need, one_line_errors, real, usable_device, whole)
+                   latest_checkpoint, load_coat, mixed_precision, need, one_line_errors, real,
+                   usable_device, whole)
 
 EVERY_EXPERT = ["recon", *EXPERTS]
 # Flags whose default is another one for a backbone. 8 B weights leave little memory. Random weights
@@ -350,8 +351,7 @@ class Run:
         return {expert.sample_rate for expert in self.experts.values()}
 
     def autocast(self):
-        on_gpu = self.ranks.device.type == "cuda"
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=on_gpu)
+        return mixed_precision(self.ranks.device)
 
 
 def build_models(args, tasks, device, adapter):
