@@ -112,21 +112,27 @@ def at_rate(wave, rate, new_rate):
 #   files       what it is read from
 #   draw(n, seed, stage)    where a stage is not just whole passes over the usable rows
 
-def open_source(text, split="heldout", rows=None):
-    """A manifest (rows.jsonl), a mixture (.json), or synthetic tones: tones[:KINDS[:ROWS OF EACH]].
+def open_source(text, training_rows=None, seed=0):
+    """A manifest (rows.jsonl), a mixture (.json), or synthetic tones: tones[:KINDS[:N]].
 
-    split, rows     of tones: "train" or "heldout", how many in all (the text then does not say)
+    training_rows   how many rows training takes in all. Of tones there are as many, or, with N, N
+                    labelled clips of each kind and as many without a label, see FewLabels.
+                    None: held-out tones, N rows of each kind (60)
+    seed            of the labelled clips
     Raises InputError."""
     parts = text.split(":")
     if parts[0] != "tones":
         return Mixture(text) if text.endswith(".json") else Manifest(text)
-    usage = "tones[:KINDS[:ROWS OF EACH]]" if rows is None else "tones[:KINDS]"
-    too_many = len(parts) > (3 if rows is None else 2)
     kinds = parts[1].split(",") if parts[1:] and parts[1] else DEFAULT_TONES
     each = parts[2] if parts[2:] else "60"
-    if too_many or set(kinds) - set(TONES) or not each.isdigit() or int(each) < 1:
-        raise InputError(f"'{text}': give {usage} with KINDS from {','.join(TONES)}")
-    return Tones(split, rows or int(each) * len(kinds), kinds)
+    if len(parts) > 3 or set(kinds) - set(TONES) or not re.fullmatch("[1-9][0-9]{0,5}", each):
+        raise InputError(f"'{text}': give tones[:KINDS[:N]] with KINDS from {','.join(TONES)} and "
+                         "N from 1 to 999999")
+    if training_rows is None:
+        return Tones("heldout", int(each) * len(kinds), kinds)
+    if parts[2:]:
+        return FewLabels(int(each), training_rows, kinds, seed)
+    return Tones("train", training_rows, kinds)
 
 
 def usable_rows(source):
@@ -560,6 +566,7 @@ TONES = {    # kind: (question, all possible answers, function (samples, answer,
     "semitone": ("Which pitch class?", PITCH_CLASSES, make_note),
 }
 DEFAULT_TONES = tuple(kind for kind in TONES if kind != "semitone")    # that one only by name
+UNLABELLED = {"prompt": "Listen.", "response": "ok", "choices": ("ok",), "task": "unlabelled"}
 
 
 class Tones:
@@ -578,15 +585,46 @@ class Tones:
 
     def load(self, i):
         kind = self.kinds[i % len(self.kinds)]
-        question, answers, make = TONES[kind]
+        _, answers, _ = TONES[kind]
         rng = np.random.default_rng([self.stream, i])
-        answer = answers[rng.integers(len(answers))]
+        return self.make(i, kind, answers[rng.integers(len(answers))], rng)
+
+    def make(self, i, kind, answer, rng):
+        """Row i: a clip of this kind in which the answer is right."""
+        question, answers, make = TONES[kind]
         n = round(SAMPLE_RATE * self.lengths[i])
         wave = make(n, answer, rng)
         wave *= rng.uniform(0.1, 0.7) / np.abs(wave).max()
         wave += 10 ** rng.uniform(-4, -2.3) * rng.standard_normal(n)    # noise at -80 to -46 dB
         return {"wave": torch.tensor(wave, dtype=torch.float32), "rate": SAMPLE_RATE,
                 "prompt": question, "response": answer, "choices": answers, "task": kind}
+
+
+class FewLabels(Tones):
+    """Training rows of which few say what the experts could teach: half of a stage is drawn from
+    `labelled` clips of each kind, each answer as often, and half from n clips whose answer is "ok".
+
+    seed    chooses the labelled clips"""
+
+    def __init__(self, labelled, n, kinds, seed):
+        self.n_labelled = labelled * len(kinds)    # the first rows
+        self.seed = seed
+        super().__init__("train", self.n_labelled + n, kinds)
+
+    def load(self, i):
+        if i >= self.n_labelled:
+            return super().load(i) | UNLABELLED
+        kind = self.kinds[i % len(self.kinds)]
+        _, answers, _ = TONES[kind]
+        rng = np.random.default_rng([2, self.seed, i])    # 0 and 1 are the splits
+        return self.make(i, kind, answers[i // len(self.kinds) % len(answers)], rng)
+
+    def draw(self, n, seed, stage):
+        """(n,) row numbers of a stage in random order."""
+        rng = np.random.default_rng([seed, stage])
+        labelled, unlabelled = np.split(np.arange(len(self)), [self.n_labelled])
+        drawn = [passes(labelled, n // 2, rng), passes(unlabelled, n - n // 2, rng)]
+        return rng.permutation(np.concatenate(drawn))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -596,8 +634,9 @@ def plan_stage(source, steps, batch, seed, stage, window=50):
     """(steps, batch) row numbers of a stage, rows of a step alike in length.
 
     They are what the source draws, or else whole passes over its usable rows. `window` steps at a
-    time are sorted by length and dealt out again in random order. A function of its arguments
-    alone, so that a resumed run only needs to know its step. Raises InputError without any row."""
+    time are sorted by length, see deal, and dealt out again in random order. A function of its
+    arguments alone, so that a resumed run only needs to know its step. Raises InputError without
+    any row."""
     lengths = source.lengths
     usable = usable_rows(source)
     if not len(usable):
@@ -614,9 +653,35 @@ def plan_stage(source, steps, batch, seed, stage, window=50):
     for start in range(0, need, window * batch):
         rows = drawn[start:start + window * batch]
         by_length = np.argsort(lengths[rows], kind="stable")
-        rows = rows[by_length].reshape(-1, batch)
-        plan.append(rows[rng.permutation(len(rows))])
+        steps_of_window = deal(rows[by_length], batch)
+        plan.append(steps_of_window[rng.permutation(len(steps_of_window))])
     return np.concatenate(plan)
+
+
+def deal(rows, batch):
+    """(n,) row numbers in order -> (n / batch, batch): each step takes the next ones, but of copies
+    of a row, as small sources need them, only one: the others change places with rows of the
+    nearest steps that have none."""
+    steps = rows.reshape(-1, batch)
+    if len(np.unique(rows)) == len(rows):
+        return steps
+    steps = steps.tolist()
+    for i, step in enumerate(steps):
+        for place, row in enumerate(step):
+            if row in step[:place]:
+                spread(steps, i, place)
+    return np.array(steps)
+
+
+def spread(steps, i, place):
+    """Swaps the row at a place of step i with one of the nearest step, where both are new there."""
+    row = steps[i][place]
+    for j in sorted(range(len(steps)), key=lambda j: abs(j - i)):
+        new = [k for k, other in enumerate(steps[j]) if other not in steps[i]]
+        if new and row not in steps[j]:
+            steps[i][place] = steps[j][new[0]]
+            steps[j][new[0]] = row
+            return
 
 
 class Rows(torch.utils.data.Dataset):

@@ -32,6 +32,7 @@ import types
 import unittest.mock
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -874,9 +875,25 @@ def test_synthetic_tones_are_a_source_by_name(text, rows):
 
 
 def test_tones_for_training_are_counted_by_the_trainer():
-    source = open_source("tones:note", "train", 7)
+    source = open_source("tones:note", 7)
     assert len(source) == 7
     assert torch.equal(source.load(3)["wave"], Tones("train", 7, ["note"]).load(3)["wave"])
+
+
+def test_few_labels_are_half_of_a_stage_and_the_rest_only_listens():
+    source = open_source("tones:note,glide:21", 400, seed=1)
+    plan = plan_stage(source, 50, 8, seed=1, stage=0)
+    assert len(source) == 442 and (plan < 42).mean() == 0.5
+    assert set(np.bincount(plan[plan < 42])) <= {4, 5} and len(set(plan[plan >= 42])) == 200
+    rows = [source.load(i) for i in range(44)]
+    given = Counter((row["task"], row["response"]) for row in rows)
+    assert set(given.values()) == {2, 3, 7} and given["unlabelled", "ok"] == 2
+    assert len([answer for _, answer in given]) == 7 + 3 + 1
+
+
+def test_seed_chooses_the_labelled_clips():
+    waves = [open_source("tones:note:7", 40, seed).load(0)["wave"] for seed in (1, 1, 2)]
+    assert torch.equal(waves[0], waves[1]) and not torch.equal(waves[0], waves[2])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -904,6 +921,15 @@ def test_stage_passes_over_every_row_and_pads_little():
     assert abs(np.corrcoef(np.arange(100), lengths.mean(1))[0, 1]) < 0.3    # not from short to long
 
 
+@pytest.mark.parametrize("rows, distinct", [(100, 16), (24, 16), (5, 5)])
+def test_copies_of_a_row_go_to_different_steps(rows, distinct):
+    source = Clips(np.random.default_rng(0).uniform(1, 30, rows))
+    plan = plan_stage(source, 100, 16, seed=1, stage=0)
+    assert {len(set(step)) for step in plan.tolist()} == {distinct}
+    counts = np.bincount(plan.ravel())
+    assert max(counts) - min(counts) <= 1
+
+
 def test_stage_is_a_function_of_seed_and_stage():
     source = Clips(np.random.default_rng(0).uniform(1, 30, 640))
     plan = plan_stage(source, 100, 16, seed=1, stage=0)
@@ -916,8 +942,7 @@ def test_manifest_is_drawn_in_whole_passes(mixture):
     source = Manifest(mixture.paths[0])
     rng = np.random.default_rng([5, 1])
     drawn = np.concatenate([rng.permutation(500), rng.permutation(500)])[:600]
-    plan = drawn[np.argsort(source.lengths[drawn], kind="stable")].reshape(-1, 12)
-    assert np.array_equal(plan_stage(source, 50, 12, 5, 1), plan[rng.permutation(50)])
+    assert np.array_equal(np.sort(plan_stage(source, 50, 12, 5, 1), axis=None), np.sort(drawn))
 
 
 def test_batch_without_audio_has_one_masked_frame_and_targets_of_zero(tiny):

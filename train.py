@@ -83,7 +83,7 @@ def build_parser():
     add("--backbone", default="tiny", help=f"one of {', '.join(BACKBONES)}")
     add("--model-path", help="a local folder with the backbone, instead of the hub")
     add("--data", default="tones", help="mixture.json or rows.jsonl, see data.py; or synthetic "
-        "tones, or some: tones:note,glide")
+        "tones, or some: tones:note,glide; or few labels: tones:note:28, see data.FewLabels")
     add("--out", help="run folder; None: a new one under runs/")
     add("--resume", help="run folder to go on with; its config.json gives the other flags")
     add("--init-from", help="run or checkpoint folder whose adapter and heads to start from, with "
@@ -392,7 +392,7 @@ def build_optimizer(coat, heads, weight_decay, device):
 def open_data(args, stages, ranks):
     """(source of rows, its fingerprint). Raises InputError if the ranks see different files."""
     n_rows = sum(stage.steps for stage in stages) * args.batch
-    source = open_source(args.data, "train", n_rows)
+    source = open_source(args.data, n_rows, args.seed)
     found = fingerprint(source)
     if len(set(ranks.gather(found))) > 1:
         raise InputError(f"the ranks find different rows or audio in {args.data}; give all of them "
@@ -476,12 +476,12 @@ def calibrate(run, tasks):
     args, device = run.args, run.ranks.device
     lengths = run.source.lengths
     clips = {task: [] for task in tasks}
-    rows = np.zeros(0, int)
+    rows = []
     if run.ranks.rank == 0 and tasks:
         longest = max(stage.steps for stage in run.stages)    # all as one may exceed a max_epochs
         rows = plan_stage(run.source, longest, args.batch, args.seed, 0).ravel()
-        rows = rows[lengths[rows] > 0][:args.calibrate]
-    for row in rows.tolist():
+        rows = list(dict.fromkeys(rows[lengths[rows] > 0].tolist()))    # each clip once
+    for row in rows[:args.calibrate]:
         batch = to_device(collate([Rows(run.source)[row]], run.coat.spec, run.rates), device)
         if batch["rows"]:
             heard = teacher_targets(run.experts, batch)
