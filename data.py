@@ -24,7 +24,6 @@ import json
 import math
 import os
 import re
-import signal
 import string
 import sys
 from array import array
@@ -1543,6 +1542,5 @@ def parse_flags():
 
 if __name__ == "__main__":
     one_line_errors()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)    # convert .. | head
     flags = parse_flags()
     sys.exit(flags.run(flags))

@@ -22,7 +22,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 import urllib.request
 from collections import Counter
@@ -38,7 +37,7 @@ from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads
 from model import (BACKBONES, COUNT, MAX_SECONDS, SAMPLE_RATE, WORKERS, InputError, TooLong,
                    build_inputs, checkpoint_steps, latest_checkpoint, load_coat, load_text_think,
-                   need, one_line_errors, pad_rows, read_coat_json, real, usable_device)
+                   need, one_line_errors, pad_rows, publish, read_coat_json, real, usable_device)
 
 # Tasks whose answers a judge rates (appendix B); no comparison of strings could.
 JUDGED = ("caption", "music", "spoken_instruction", "text")
@@ -1107,7 +1106,7 @@ def merge(args):
     except (OSError, RuntimeError, safetensors.SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True)
         raise InputError(f"cannot write '{out}': {str(e).splitlines()[0]}; make room") from e
-    os.rename(part, out)
+    publish(part, out)
     size = sum(os.path.getsize(os.path.join(out, name)) for name in os.listdir(out))
     print(f"{out}: {size / 2 ** 30:.2f} GiB, {coat.hf.dtype}. "
           "README.md shows how to use it without this code; or:\n"
@@ -1230,13 +1229,7 @@ def merge_flags(add):
 def main():
     one_line_errors(ExpertUnavailable, less_memory="--batch 1")
     args = build_parser().parse_args()
-    try:
-        args.run(args)
-    except BrokenPipeError:    # score .. | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # where the rest goes at exit
-        sys.exit(1)
-    except OSError as e:    # no such folder, a full disk; what a program wrote before stays
-        raise InputError(f"{e}; check the path and the room on the disk") from e
+    args.run(args)
 
 
 if __name__ == "__main__":

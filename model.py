@@ -29,6 +29,7 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
+from filelock import FileLock, Timeout
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from tokenizers import AddedToken
@@ -627,9 +628,14 @@ def load_coat(name=None, adapter=None, model_path=None, trainable=False, device=
 
 
 def read_coat_json(folder):
-    """{"backbone", "model_path", "think"} of a folder that CoAT.save wrote."""
-    with open(os.path.join(folder, "coat.json")) as file:
-        return json.load(file)
+    """{"backbone", "model_path", "think"} of a folder that CoAT.save wrote. Raises InputError."""
+    path = os.path.join(folder, "coat.json")
+    found = read_json(path, "give a folder that train.py or infer.py merge wrote", backbone=str,
+                      model_path=(str, type(None)), think=bool)
+    if found["backbone"] not in BACKBONES:
+        raise InputError(f"'{path}' names the backbone '{found['backbone']}', which is none of "
+                         f"{', '.join(BACKBONES)}; give a folder that this code wrote")
+    return found
 
 
 def load_backbone(name, model_path=None, device="cpu", dtype=None, random=False):
@@ -864,16 +870,77 @@ def one_line_errors(*kinds, less_memory="a smaller batch"):
     kinds        exceptions beside InputError that say so
     less_memory  what to try when memory runs out"""
     def hook(kind, error, trace):
+        reason = " ".join(str(error).split())
         if issubclass(kind, (InputError, *kinds)):
-            print(f"error: {error}", file=sys.stderr)
-        elif issubclass(kind, torch.OutOfMemoryError):
-            reason = str(error).split(". ")[0]
-            print(f"error: {reason}; less is needed with {less_memory}", file=sys.stderr)
+            line = f"error: {reason}"
+        elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "CPUAllocator" in reason:
+            line = f"error: no memory left ({reason[:200]}); less is needed with {less_memory}"
+        elif issubclass(kind, BrokenPipeError):    # a program | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # where the rest goes at exit
+            return
+        elif issubclass(kind, OSError):
+            line = f"error: {reason}; check the path, its permissions and the room on the disk"
+        elif issubclass(kind, (UnicodeError, RecursionError)):
+            line = f"error: a text cannot be read or written ({reason}); give UTF-8 and plain JSON"
         elif issubclass(kind, KeyboardInterrupt):
-            print("stopped", file=sys.stderr)
+            line = "stopped"
         else:
-            sys.__excepthook__(kind, error, trace)
+            return sys.__excepthook__(kind, error, trace)
+        print(line, file=sys.stderr)
     sys.excepthook = hook
+
+
+def read_json(path, remedy, **kinds):
+    """The JSON object of a file. kinds: {name: type, or types, of its value}, which it has to have.
+
+    Raises InputError, which ends with the remedy."""
+    if not os.path.isfile(path):    # nor is a pipe, which would wait
+        raise InputError(f"no file '{path}'; {remedy}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"'{path}' cannot be read ({e}); {remedy}") from e
+    if not isinstance(found, dict):
+        raise InputError(f"'{path}' is no JSON object; {remedy}")
+    for name, kind in kinds.items():
+        if name not in found or not isinstance(found[name], kind):
+            raise InputError(f"'{path}' lacks \"{name}\", or it is of another kind; {remedy}")
+    return found
+
+
+def publish(part, final):
+    """Gives a folder its name once all of it is on the disk, readable as umask says."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for folder, _, names in os.walk(part):
+        for name in names:
+            path = os.path.join(folder, name)
+            os.chmod(path, 0o666 & ~umask)    # safetensors writes for the owner alone
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    os.rename(part, final)
+
+
+def write_file(path, text):
+    """A text file, whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def hold(folder):
+    """Keeps other processes of ours out of a folder until this one ends. Raises InputError if one
+    is in it."""
+    lock = FileLock(os.path.join(folder, ".lock"))
+    try:
+        lock.acquire(timeout=10)    # s; data processes of one that was killed end within 5
+    except Timeout as e:
+        raise InputError(f"'{folder}' is in use by another process, perhaps a rank that was left "
+                         "behind; stop it, or give another folder") from e
+    return lock    # let go when forgotten
 
 
 def in_range(kind, name, low, high):

@@ -43,8 +43,8 @@ from data import (TONES, Mixture, Rows, Tones, collate, collate_step, fingerprin
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads, terms
 from model import (BACKBONES, COUNT, IGNORE, WORKERS, CoAT, InputError, checkpoint_steps,
-                   latest_checkpoint, load_coat, mixed_precision, need, one_line_errors, real,
-                   usable_device, whole)
+                   latest_checkpoint, load_coat, mixed_precision, need, one_line_errors, publish,
+                   real, usable_device, whole)
 
 EVERY_EXPERT = ["recon", *EXPERTS]
 # Flags whose default is another one for a backbone. 8 B weights leave little memory. Random weights
@@ -597,7 +597,7 @@ def save(run):
             shutil.rmtree(new, ignore_errors=True)
             raise InputError(f"cannot write {final}: {str(e).splitlines()[0]}; make room and go on "
                              f"with --resume {run.args.out}") from e
-        os.rename(new, final)
+        publish(new, final)
         for step in checkpoint_steps(run.args.out)[:-run.args.keep]:
             shutil.rmtree(os.path.join(run.args.out, f"checkpoint-{step}"))
     run.ranks.gather(None)    # torchrun ends all ranks when one does, so none goes before this
