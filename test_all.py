@@ -3826,18 +3826,20 @@ def run(program, *args, fails=False):
     err = io.StringIO()
     status = 0
     argv = sys.argv
+    hook = sys.excepthook
     handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
             run_path(program, args)
-    except SystemExit as e:
-        status = e.code or 0
-    except (InputError, ExpertUnavailable) as e:    # what one_line_errors prints
-        status = 1
-        err.write(f"error: {e}")
-    finally:
-        sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
+        except SystemExit as e:
+            status = e.code or 0
+        except Exception as e:
+            status = 1
+            sys.excepthook(type(e), e, e.__traceback__)    # the program's own, as at its end
+        finally:
+            sys.argv = argv
+            sys.excepthook = hook
+            signal.signal(signal.SIGTERM, handler)
     assert bool(status) == fails, err.getvalue()[-2000:]
     if not fails:
         return out.getvalue()
