@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import string
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers.cache_utils import StaticLayer
 
+ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 SAMPLE_RATE = 16000    # Hz, what every backbone hears
 # Audio tokens, and thinking tokens, per second (paper, appendix A). It stands in experts.py too, so
 # that experts.py can be copied alone; a test holds the two equal.
@@ -99,13 +101,14 @@ class Qwen2_5OmniProcessor(transformers.Qwen2_5OmniProcessor):
 @dataclass(frozen=True)
 class Backbone:
     hub_id: str    # where its files are, unless a local folder is given
+    licence: str
     model_class: type
     processor_class: type
     model_types: tuple    # config.json of a folder that fits says one of these
     audio_marks: str      # how the chat template writes a clip
     audio_token: str = "<|AUDIO|>"    # the placeholder in it, which becomes L_a ids
-    piece_seconds: float = MAX_SECONDS    # what the processor takes; longer clips go in pieces
-    window_seconds: int = 30    # what its feature extractor pads to
+    piece_seconds: float = None    # longer clips go in pieces of this; None: the extractor's window
+    window_seconds: int = 30    # what its feature extractor pads to, if built without files
     audio_kwargs: dict = field(default_factory=dict)    # for that extractor, at each call
     eos: tuple = ("<|im_end|>", "<|endoftext|>")    # all stop; the first closes a response
     lora_r: int = 16      # rank and alpha: paper, appendix A
@@ -121,31 +124,35 @@ class Backbone:
 BACKBONES = {
     "qwen2-audio": Backbone(
         hub_id="Qwen/Qwen2-Audio-7B-Instruct",
+        licence="apache-2.0",
         model_class=transformers.Qwen2AudioForConditionalGeneration,
         processor_class=transformers.Qwen2AudioProcessor,
         model_types=("qwen2_audio",),
         audio_marks="Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n",
-        piece_seconds=30,
         text_config=dict(vocab_size=156032, intermediate_size=11008),
         used_ids=154931),
     # The checkpoint also holds a talker. Its extractor would pad every clip to 300 s.
     "qwen2.5-omni": Backbone(
         hub_id="Qwen/Qwen2.5-Omni-7B",
+        licence="apache-2.0",
         model_class=Qwen2_5OmniThinkerForConditionalGeneration,
         processor_class=Qwen2_5OmniProcessor,
         model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
         audio_marks="<|audio_bos|><|AUDIO|><|audio_eos|>",
+        piece_seconds=MAX_SECONDS,
         window_seconds=300,
         audio_kwargs={"max_length": round(MAX_SECONDS * SAMPLE_RATE)},
         used_ids=151665),
     # The processor cuts its 30 s windows itself. It has its own thinking adapter and sentence.
     "audio-flamingo-3": Backbone(
         hub_id="nvidia/audio-flamingo-3-hf",
+        licence="other (NVIDIA OneWay, non-commercial)",
         model_class=transformers.AudioFlamingo3ForConditionalGeneration,
         processor_class=transformers.AudioFlamingo3Processor,
         model_types=("audioflamingo3",),
         audio_marks="<sound>",
         audio_token="<sound>",
+        piece_seconds=MAX_SECONDS,
         text_think="\nPlease think and reason about the input audio before you respond.",
         text_config=dict(
             vocab_size=151672,
@@ -156,13 +163,34 @@ BACKBONES = {
             num_key_value_heads=4),
         used_ids=151672),
 }
+# Whisper's encoder and a text model that knows ChatML, in Qwen2-Audio's classes; the projector
+# between them is new, and trained with the adapters. For evidence, not for use.
+BACKBONES["small"] = replace(
+    BACKBONES["qwen2-audio"],
+    hub_id="openai/whisper-tiny,HuggingFaceTB/SmolLM2-135M-Instruct",
+    text_config=dict(
+        model_type="llama",
+        vocab_size=49155,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5}),
+    audio_config=dict(
+        num_mel_bins=80,
+        d_model=384,
+        encoder_layers=4,
+        encoder_attention_heads=6,
+        encoder_ffn_dim=1536),
+    used_ids=49155)
 # 1.2 M weights of variance 1 / fan-in, so that signals keep their size through untrained layers.
 # A tower computes its whole window whatever the clip, so this one is short. Random weights know
 # nothing worth keeping: the adapters are wider.
 BACKBONES["tiny"] = replace(
     BACKBONES["qwen2-audio"],
     hub_id="",
-    piece_seconds=4,
     window_seconds=4,
     lora_r=32,
     lora_alpha=64,
@@ -183,6 +211,7 @@ BACKBONES["tiny"] = replace(
         max_source_positions=200,
         initializer_range=384 ** -0.5),
     used_ids=262)
+LIGHT = ("tiny", "small")    # a CPU is enough for them
 
 # --------------------------------------------------------------------------------------------------
 # Prompts and rows to tensors, for training and inference alike
@@ -207,6 +236,17 @@ def check_text(coat, text):
             raise InputError(f"the text contains the reserved token {token}; remove it")
 
 
+# What CoAT.save adds to the chat template of a model that thinks: the block for n_audio audio tokens
+# and, so that no server forgets it, an error without. No template is told how long a clip is.
+BLOCK_TEMPLATE = f"""{{% if add_generation_prompt %}}{{% if n_audio is defined %}}{{% if n_audio %}}\
+{THINK_START}{{{{ '{THINK}' * n_audio }}}}{THINK_END}{{% endif %}}{{% else %}}\
+{{% for m in messages if m.content is not string %}}\
+{{% for c in m.content if c.type in ('audio', 'audio_url', 'input_audio') %}}\
+{{{{ raise_exception('this model has to think first: give the chat template n_audio, the number of '
+'audio tokens, 25 a second; README.md of the model shows how') }}}}\
+{{% endfor %}}{{% endfor %}}{{% endif %}}{{% endif %}}"""
+
+
 def render_prompt(coat, question, n_pieces):
     """The chat as the released template renders it, with `n_pieces` audio placeholders, up to the
     assistant header. Raises InputError, see check_text."""
@@ -219,6 +259,11 @@ def render_prompt(coat, question, n_pieces):
     return prompt.replace(coat.backbone.audio_token, coat.backbone.audio_token * n_pieces)
 
 
+def window_seconds(coat):
+    """How much audio the processor takes; longer clips go in pieces."""
+    return coat.backbone.piece_seconds or coat.processor.feature_extractor.chunk_length
+
+
 def encode_row(coat, wave, prompt, response=None, think=True):
     """One row of build_inputs -> its ids (list), how many of them at the end are targets (response,
     eos), n_audio, and what the processor made of the sound (dict, empty without)."""
@@ -228,7 +273,7 @@ def encode_row(coat, wave, prompt, response=None, think=True):
     if wave is not None:
         check_seconds(len(wave) / SAMPLE_RATE, "the clip")
         n_audio = n_audio_tokens(len(wave))
-        cut = wave.split(round(coat.backbone.piece_seconds * SAMPLE_RATE))
+        cut = wave.split(round(window_seconds(coat) * SAMPLE_RATE))
         # A rest under 30 ms after a whole piece makes no token; the tower would see only padding.
         pieces = [piece.numpy() for piece in cut if n_audio_tokens(len(piece))]
 
@@ -558,6 +603,8 @@ class CoAT(nn.Module):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="All adapters are already merged")
                 self.lm = self.lm.merge_and_unload()    # and the rows of the three tokens
+            for p in self.lm.parameters():
+                p.data = p.data.to(dtype)    # a projector that was trained, in fp32
         return self
 
     def save(self, folder):
@@ -568,10 +615,29 @@ class CoAT(nn.Module):
             self.lm.save_pretrained(folder, save_embedding_layers=False)
         else:
             self.save_merged(folder)
+        template = self.processor.chat_template
+        if self.think:
+            self.processor.chat_template = template + BLOCK_TEMPLATE
         self.processor.save_pretrained(folder)
-        with open(os.path.join(folder, "coat.json"), "w") as file:
-            json.dump({"backbone": self.name, "model_path": self.model_path, "think": self.think},
-                      file)
+        self.processor.chat_template = template
+        known = {"backbone": self.name, "model_path": self.model_path, "think": self.think}
+        write_file(os.path.join(folder, "coat.json"), json.dumps(known))
+        if self.think:
+            self.write_card(folder)
+
+    def write_card(self, folder):
+        """README.md: how to use the folder without this code. An adapter needs a backbone that is
+        one folder."""
+        is_adapter = isinstance(self.lm, peft.PeftModel)
+        if is_adapter and len(origins(self.name, self.model_path)) != 1:
+            return
+        card = os.path.join(ASSETS, "adapter_card.md" if is_adapter else "model_card.md")
+        with open(card, encoding="utf-8") as file:
+            text = string.Template(file.read())
+        stock = [kind for kind in type(self.hf).__mro__ if kind.__module__.startswith("transformers.")]
+        write_file(os.path.join(folder, "README.md"), text.substitute(
+            name=self.name, licence=self.backbone.licence, model_class=stock[0].__name__,
+            origin=self.model_path or self.backbone.hub_id, window=f"{window_seconds(self):.0f}"))
 
     def save_merged(self, folder):
         """The plain model, in whose settings transformers' generate finds what `stream` does."""
@@ -581,15 +647,15 @@ class CoAT(nn.Module):
             suppress_tokens=self.think_ids,
             eos_token_id=self.eos_ids)
         self.lm.save_pretrained(folder)
-        origin = self.model_path or self.backbone.hub_id
-        if not origin:
-            return
         # The full processor of Qwen2.5-Omni, which ours is a part of, wants its image settings.
-        settings = transformers.utils.cached_file(
-            origin, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False)
-        if settings:
-            shutil.copy(settings, folder)
+        if self.name == "qwen2.5-omni":
+            origin, = origins(self.name, self.model_path)
+            settings = transformers.utils.cached_file(
+                origin["pretrained_model_name_or_path"], "preprocessor_config.json",
+                revision=origin.get("revision"), _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False)
+            if settings:
+                shutil.copy(settings, folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -619,8 +685,12 @@ def load_coat(name=None, adapter=None, model_path=None, trainable=False, device=
     if adapter:
         lm = load_adapter(lm, adapter, name, trainable)
     elif trainable:
-        lm = add_adapters(lm, BACKBONES[name], think_ids)
+        is_composed = len(origins(name, model_path)) == 2 and not random
+        lm = add_adapters(lm, BACKBONES[name], think_ids, new_projector=is_composed)
     if trainable:
+        for p in lm.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
         for module in lm.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False    # autocast does; an fp32 copy would stay
@@ -641,58 +711,131 @@ def read_coat_json(folder):
 def load_backbone(name, model_path=None, device="cpu", dtype=None, random=False):
     """(model, processor) of a row of BACKBONES, frozen.
 
-    model_path  a local folder; without it the files come from the hub
+    model_path  a local folder, or a NAME@REVISION of the hub; of `small` also two, with a comma:
+                Whisper's and a text model's. None: the table's
     dtype       bf16 on a GPU and fp32 on a CPU unless given
     random      random weights at full size, for time and memory
     Raises InputError if the name is unknown or the files are missing or not this backbone's."""
     if name not in BACKBONES:
         raise InputError(f"unknown backbone '{name}'; there are {', '.join(BACKBONES)}")
     backbone = BACKBONES[name]
-    origin = model_path or backbone.hub_id
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    if random or not origin:
+    found = origins(name, model_path)
+    if random or not found:
         model, processor = build_random(name, device, dtype)
     else:
         try:
-            if model_path and not os.path.isdir(model_path):
-                raise ValueError("there is no folder of that name")
-            model, processor = read_backbone(backbone, origin, device, dtype)
-        except (OSError, ValueError, SafetensorError) as e:
+            if len(found) == 2:
+                model, processor = compose(backbone, *found)
+                model = model.to(device, dtype)
+            else:
+                model, processor = read_backbone(backbone, found[0], device, dtype)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as e:    # what transformers makes of a strange file is of any kind
             # Its first sentence: what follows is advice about the hub.
             reason = " ".join(str(e).split()).split(". ")[0].rstrip(".")
-            raise InputError(f"cannot load {name} from '{origin}': {reason}; "
-                             "give a local folder with its files as model_path") from e
+            raise InputError(f"cannot load {name} from '{model_path or backbone.hub_id}': {reason} "
+                             f"({type(e).__name__}); give a local folder with its files as "
+                             "model_path") from e
     return model.eval().requires_grad_(False), processor
+
+
+def origins(name, model_path=None):
+    """[keywords of from_pretrained that say where files of a backbone are]: none for tiny, one, or
+    two for `small`. Raises InputError."""
+    found = []
+    given = model_path or BACKBONES[name].hub_id
+    parts = [given] if os.path.isdir(given) else given.split(",")
+    for part in filter(None, parts):
+        origin, _, revision = part.partition("@")
+        if os.path.isdir(part):
+            found.append({"pretrained_model_name_or_path": part})
+        elif revision or not model_path:
+            found.append({"pretrained_model_name_or_path": origin, "revision": revision or "main"})
+        else:
+            raise InputError(f"model_path '{part}': there is no folder of that name; give one, or "
+                             "NAME@REVISION of the hub")
+    if len(found) > (2 if name == "small" else 1):
+        raise InputError(f"model_path '{given}' names {len(found)} folders, too many for {name}")
+    return found
 
 
 def read_backbone(backbone, origin, device, dtype):
     """(model, processor) from a folder or the hub. Raises ValueError where transformers passes over
-    what is missing: it fills in weights with noise and makes up a tokenizer."""
-    config, _ = transformers.PreTrainedConfig.get_config_dict(origin)
+    what is missing: it makes up a tokenizer, for one."""
+    config, _ = transformers.PreTrainedConfig.get_config_dict(**origin)
     model_type = config.get("model_type")
     if not model_type:
         raise ValueError("it has no config.json")
     if model_type not in backbone.model_types:
         raise ValueError(f"its config.json is that of '{model_type}'")
+    if config.get("quantization_config"):
+        raise ValueError("its weights are quantised, so an adapter could not be merged into them")
 
-    processor = backbone.processor_class.from_pretrained(origin)
+    processor = backbone.processor_class.from_pretrained(**origin)
     if not processor.chat_template:
         raise ValueError("it has no chat template")
+    processor.chat_template = processor.chat_template.removesuffix(BLOCK_TEMPLATE)
 
-    model, report = backbone.model_class.from_pretrained(
-        origin, dtype=dtype, device_map=device, output_loading_info=True,
-        ignore_mismatched_sizes=True)    # they are in the report
-    wrong = set(report["missing_keys"])
-    wrong.update(key for key, *_ in report["mismatched_keys"])
-    if wrong:
-        raise ValueError(f"it has no weights for {len(wrong)} tensors, or of another shape, "
-                         f"such as {min(wrong)}")
+    model = read_weights(backbone.model_class, origin, dtype=dtype, device_map=device)
     audio_id = model.config.audio_token_id
     if processor.tokenizer.convert_tokens_to_ids(backbone.audio_token) != audio_id:
         raise ValueError("its tokenizer is missing, or not the one in which "
                          f"{backbone.audio_token} is {audio_id}")
     return model, processor
+
+
+def read_weights(model_class, origin, **kwargs):
+    """A model with all of its weights. Raises ValueError where transformers fills in noise."""
+    model, report = model_class.from_pretrained(
+        **origin, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    wrong = set(report["missing_keys"])
+    wrong.update(key for key, *_ in report["mismatched_keys"])    # they are only in the report
+    if wrong:
+        raise ValueError(f"it has no weights for {len(wrong)} tensors, or of another shape, "
+                         f"such as {min(wrong)}")
+    for name, p in model.named_parameters():
+        if not p.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"its {name} holds NaN or infinite numbers")
+    return model
+
+
+def compose(backbone, whisper, text_model):
+    """(model, processor) of Qwen2-Audio's classes from Whisper's encoder and a text model, each the
+    keywords of from_pretrained. The projector is random, the same every time, of a size at which
+    audio embeddings are as large as those of text. Raises ValueError."""
+    encoder = read_weights(transformers.WhisperModel, whisper, dtype=torch.float32).encoder
+    lm = read_weights(transformers.AutoModelForCausalLM, text_model, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**text_model)
+    if not set(backbone.eos) <= set(tokenizer.get_vocab()):
+        raise ValueError(f"its text model has no {' or '.join(backbone.eos)}, so it is not ChatML")
+    tokenizer.pad_token = backbone.eos[1]
+    marks = [backbone.audio_token, "<|audio_bos|>", "<|audio_eos|>"]
+    audio_id, *_ = add_tokens(lm, tokenizer, marks)
+
+    sizes = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads",
+             "encoder_ffn_dim", "max_source_positions")
+    config = transformers.Qwen2AudioConfig(
+        text_config=lm.config.to_dict(), audio_token_index=audio_id,
+        audio_config={name: getattr(encoder.config, name) for name in sizes})
+    config.tie_word_embeddings = False    # the head becomes a copy
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = backbone.model_class(config)
+        projector = model.model.multi_modal_projector.linear
+        nn.init.normal_(projector.weight)
+    model.model.audio_tower.load_state_dict(encoder.state_dict())
+    model.model.language_model.load_state_dict(lm.model.state_dict())
+    embeddings = lm.get_input_embeddings().weight
+    model.lm_head.load_state_dict({"weight": lm.get_output_embeddings().weight})
+    loudness = encoder.layer_norm.weight.norm()    # of a state of the tower, about
+    projector.weight.data *= embeddings.pow(2).mean().sqrt() / loudness
+
+    extractor = transformers.WhisperFeatureExtractor.from_pretrained(**whisper)
+    template = TEMPLATE.replace("AUDIO_MARKS", backbone.audio_marks)
+    return model, backbone.processor_class(extractor, tokenizer, chat_template=template)
 
 
 # What the released templates render for text and one clip, for a processor without its files.
@@ -749,10 +892,14 @@ def build_random(name, device="cpu", dtype=torch.float32, seed=0):
 
 
 def add_think_tokens(model, tokenizer):
-    """Adds the three tokens -> their ids. Their rows start as the mean of the used ones, the same
-    everywhere; a merged checkpoint knows the tokens and keeps its rows."""
+    """Adds the three tokens -> their ids. A merged checkpoint knows them and keeps their rows."""
+    return add_tokens(model, tokenizer, [THINK_START, THINK, THINK_END])
+
+
+def add_tokens(model, tokenizer, tokens):
+    """Adds tokens -> their ids. Rows of new ones start as the mean of the used rows, the same
+    everywhere."""
     used = len(tokenizer)
-    tokens = [THINK_START, THINK, THINK_END]
     n_new = tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in tokens],
         special_tokens=True)
@@ -768,11 +915,13 @@ def add_think_tokens(model, tokenizer):
     return ids
 
 
-def add_adapters(model, backbone, think_ids):
-    """The PeftModel with new LoRA on the language model and trainable rows of the three tokens."""
+def add_adapters(model, backbone, think_ids, new_projector=False):
+    """The PeftModel with new LoRA on the language model and trainable rows of the three tokens; a
+    new projector is trained and saved with them."""
     return peft.get_peft_model(model, peft.LoraConfig(
         r=backbone.lora_r, lora_alpha=backbone.lora_alpha, target_modules=LORA_TARGETS,
-        trainable_token_indices={"embed_tokens": think_ids}))
+        trainable_token_indices={"embed_tokens": think_ids},
+        modules_to_save=["multi_modal_projector"] if new_projector else None))
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -794,12 +943,15 @@ def load_adapter(lm, folder, name, trainable=False):
         loaded = lm.load_adapter(folder, "default", is_trainable=trainable)
         if loaded.missing_keys:    # PeftModel.from_pretrained would only warn
             raise ValueError(f"it has no {loaded.missing_keys[0]}")
-    except torch.OutOfMemoryError:
+        for key, p in lm.named_parameters():
+            if "lora_" in key and not p.isfinite().all():
+                raise ValueError(f"its {key} holds NaN or infinite numbers")
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(
-            f"the adapter in '{folder}' is damaged or not of {name}: {reason}") from e
+    except Exception as e:    # what peft makes of a strange file is of any kind
+        reason = " ".join(str(e).split())[:300]
+        raise InputError(f"the adapter in '{folder}' is damaged or not of {name}: {reason} "
+                         f"({type(e).__name__}); give another checkpoint") from e
     return lm
 
 
@@ -979,10 +1131,10 @@ def need(module, package):
 
 
 def usable_device(name=None, backbone="tiny"):
-    """The torch.device called `name`; without a name the GPU or, for tiny alone, else the CPU.
+    """The torch.device called `name`; without a name the GPU or, for a light backbone, the CPU.
 
     Raises InputError if this machine cannot use it."""
-    if name is None and not torch.cuda.is_available() and backbone != "tiny":
+    if name is None and not torch.cuda.is_available() and backbone not in LIGHT:
         raise InputError(f"torch {torch.__version__} finds no GPU for {backbone} (CUDA 13 needs "
                          "driver 580 or later); to go on without, in fp32, say cpu as device")
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
