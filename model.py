@@ -15,6 +15,7 @@ pad pad <system, user: .. AUDIO*L_a .. question> <assistant header> start THINK*
 import argparse
 import importlib
 import json
+import logging
 import math
 import os
 import re
@@ -61,6 +62,8 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
     sys.exit(f"error: transformers {transformers.__version__} is too old; "
              "pip install -U 'transformers>=5.23'")
 
+# Offline, its six warnings would hide the one line that counts.
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 # peft 0.21 asks transformers by a name that it is about to drop; nothing a user could do.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated",
                         category=FutureWarning)
@@ -270,7 +273,13 @@ def encode_row(coat, wave, prompt, response=None, think=True):
     tokenizer = coat.processor.tokenizer
     n_audio = 0
     pieces = []
+    if not isinstance(prompt, str):
+        raise InputError(f"a prompt is one text, not {type(prompt).__name__}; several turns are not "
+                         "supported")
     if wave is not None:
+        if not torch.is_tensor(wave) or wave.ndim != 1 or not wave.is_floating_point():
+            raise InputError("a clip is one tensor (N,) of floats at 16 kHz, mono; several clips in "
+                             "a prompt are not supported")
         check_seconds(len(wave) / SAMPLE_RATE, "the clip")
         n_audio = n_audio_tokens(len(wave))
         cut = wave.split(round(window_seconds(coat) * SAMPLE_RATE))
@@ -725,6 +734,10 @@ def load_backbone(name, model_path=None, device="cpu", dtype=None, random=False)
     if random or not found:
         model, processor = build_random(name, device, dtype)
     else:
+        for origin in found:
+            if "revision" in origin:
+                print("reading {pretrained_model_name_or_path} at {revision} from the hub, or its "
+                      "cache".format(**origin), file=sys.stderr)
         try:
             if len(found) == 2:
                 model, processor = compose(backbone, *found)
