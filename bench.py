@@ -43,6 +43,15 @@ from model import (BACKBONES, COUNT, MIN_SECONDS, SAMPLE_RATE, CoAT, InputError,
 # not give the bounds between them, so these are ours.
 RANGES = ((MIN_SECONDS, 5), (5, 10), (10, 30), (30, 60), (60, 120))
 
+# What to try where memory runs out.
+LESS_MEMORY = {
+    "latency": "shorter clips or, without --data, --batch 1",
+    "train": "--batch 1, --checkpointing or --head-width 1024",
+    "loss": "fewer --tokens, or a smaller --hidden",
+    "scale": "shorter --seconds or fewer --ranks",
+    "facts": "nothing else running",
+}
+
 # Flags of latency that only noise has, or only --data, and what they are unless given.
 NOISE_FLAGS = {"seconds": None, "answer_tokens": 20, "cot_tokens": 100, "samples": 1, "batch": 1}
 DATA_FLAGS = {"max_new_tokens": 256, "text_think": None}
@@ -77,6 +86,11 @@ def noise_batch(coat, n, seconds, device, **options):
     source = Noise(n, seconds, seconds)
     rows = [source.load(i) for i in range(n)]
     return to_device(collate(rows, coat.spec, **options), device)
+
+
+def print_json(args, found):
+    """The last line, at once: a full disk or a closed pipe would else show only at the very end."""
+    print(json.dumps({"bench": args.command} | found), flush=True)
 
 
 def read_seconds(text):
@@ -126,7 +140,7 @@ def resident_peak():
 
 def peak_mib(function, device):
     """How far memory rises while `function` runs: what is allocated on a GPU, what is resident on
-    Linux, else NaN."""
+    Linux, else, or where that is not allowed, NaN."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -137,8 +151,11 @@ def peak_mib(function, device):
         return math.nan
 
     ctypes.CDLL(None).malloc_trim(0)    # gives back what is free already
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")                 # the peak becomes what is resident now
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")             # the peak becomes what is resident now
+    except OSError:                     # some containers forbid it
+        return math.nan
     before = resident_peak()
     function()
     return resident_peak() - before
@@ -530,6 +547,8 @@ def print_ended(rows):
 def latency(args):
     """First token, decoding and total of base, CoAT, text-CoT and transformers' generate."""
     settle_flags(args)
+    if args.plot:
+        check_plot(args.plot)
     arms = load_arms(args)
     coat = arms["CoAT"].coat
     eos = torch.tensor(coat.eos_ids, device=args.device)
@@ -552,10 +571,19 @@ def latency(args):
         ratios.append({"audio": audio} | compare_arms(answers, eos))
         print(LATENCY_RATIOS.format(**ratios[-1]))
 
+    print_json(args, machine | more | {
+        "backbone": coat.name, "batch": args.batch, "rows": rows, "ratios": ratios})
     if args.plot:
         plot(all_answers, args.plot, f"{coat.name} on {machine['machine']}")
-    return machine | more | {"backbone": coat.name, "batch": args.batch, "rows": rows,
-                             "ratios": ratios}
+
+
+def check_plot(path):
+    """Raises InputError or OSError if no picture can be written there: before the measuring."""
+    canvas = need("matplotlib.figure", "matplotlib").Figure().canvas
+    kinds = canvas.get_supported_filetypes()
+    if os.path.splitext(path)[1][1:].lower() not in kinds:
+        raise InputError(f"--plot {path}: give a name that ends in one of .{', .'.join(kinds)}")
+    open(path, "a+b").close()    # without waiting for a pipe, or losing an older picture
 
 
 def plot(answers, path, title):
@@ -571,10 +599,7 @@ def plot(answers, path, title):
     axes.set(xlabel="audio, s", ylabel="ms", title=title, xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as e:    # no such folder, or kind of picture
-        raise InputError(f"--plot {path}: {str(e).splitlines()[0]}") from e
+    figure.savefig(path, dpi=120)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -760,7 +785,8 @@ def train(args):
         found = measure_experts(trainer, seconds, args, machine)
         print_experts(found)
         rows += found
-    return machine | {"backbone": args.backbone, "batch": args.batch, "mix": table, "rows": rows}
+    print_json(args, machine | {
+        "backbone": args.backbone, "batch": args.batch, "mix": table, "rows": rows})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -823,7 +849,7 @@ def loss(args):
         print("{:14}{loss:9.5f}{s:9.3f}{peak_mib:10.1f}".format(name, **row))
     if args.device.type == "cuda":
         print(ROUNDED)
-    return machine | {"hidden": args.hidden, "rows": rows}
+    print_json(args, machine | {"hidden": args.hidden, "rows": rows})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -900,8 +926,9 @@ def scale(args):
     if len(speeds) > 1:
         fits["ranks"] = exponent(ranks, speeds)
         print(f"tokens/s ~ ranks to the power of {fits['ranks']:.2f}")
-    return machine | {"seconds": lengths, "costs": costs, "exponents": fits, "ranks": ranks,
-                      "tokens_per_s": speeds}
+    print_json(args, machine | {
+        "seconds": lengths, "costs": costs, "exponents": fits, "ranks": ranks,
+        "tokens_per_s": speeds})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -965,7 +992,7 @@ def facts(args):
     print("\nGiB a GPU: frozen weights in bf16; trained ones in fp32 with gradient and two Adam "
           "moments. Not counted: activations, the\nteachers, and the copy that peft makes of the "
           "embedding table in every forward.")
-    return {"backbones": table}
+    print_json(args, {"backbones": table})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1053,11 +1080,11 @@ def parse_args():
 
 
 def main():
-    one_line_errors(ExpertUnavailable,
-                    less_memory="--batch 1, --checkpointing or --head-width 1024")
+    one_line_errors()
     args = parse_args()
+    one_line_errors(ExpertUnavailable, less_memory=LESS_MEMORY[args.command])
     args.device = usable_device(args.device)
-    print(json.dumps({"bench": args.command} | args.run(args)))
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,17 @@ speech: SpidR; sound: PANNs Cnn14_DecisionLevelMax; affect: emotion2vec; pitch: 
     python experts.py --check    # what is here, what is missing, seconds per clip
     python experts.py --check --teacher-speech spidr_base.pt    # the same with a file of yours
 
-    expert = experts.load("pitch")
-    z = expert(wave)  # (N,) at expert.sample_rate -> (F, E) at expert.frame_rate
-    z = experts.resample_frames(z, n, expert.frame_rate, expert.offset)  # (n, E) at 25 Hz
+    >>> import experts, torch, torchaudio
+    >>> expert = experts.load("pitch")
+    >>> rate = 16000    # Hz
+    >>> wave = 0.1 * torch.randn(rate)    # (N,) float32: 1 s of noise
+    >>> wave = torchaudio.functional.resample(wave, rate, expert.sample_rate)
+    >>> z = expert(wave)    # (F, E), expert.frame_rate a second
+    >>> n = 25 * len(wave) // expert.sample_rate    # tokens, 25 a second
+    >>> z = experts.resample_frames(z, n, expert.frame_rate, expert.offset)    # (n, E)
+
+A wave does not tell its rate: at any other than expert.sample_rate (22050 Hz for pitch, 32000 for
+sound, else 16000) the teacher hears it faster or slower, and says nothing.
 
 Needs torch (which brings filelock), numpy and, for `pitch`, the 65 kB archive in assets/.
 A further teacher is one subclass of Expert and one row of EXPERTS.
@@ -19,6 +27,7 @@ Shapes: B batch, N samples, F frames, E teacher dim, D hidden, H heads.
 import argparse
 import contextlib
 import hashlib
+import http.client
 import math
 import os
 import re
@@ -38,6 +47,8 @@ from torch.nn import functional as F
 # Audio tokens, and thinking tokens, per second (paper, appendix A). It stands in model.py too, so
 # that this file can be copied alone.
 TOKEN_RATE = 25
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # where checkpoints keep their tensors
 
 
 class ExpertUnavailable(RuntimeError):
@@ -76,12 +87,31 @@ def resample_frames(z, n, frame_rate=None, offset=None):
 
 
 def unwrap(checkpoint):
-    """{official name: tensor} of a checkpoint, however nested and prefixed."""
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(checkpoint.get(key), dict):
-            return unwrap(checkpoint[key])
-    return {key.removeprefix("module."): torch.as_tensor(value)
+    """{official name: tensor} of a checkpoint, however nested and prefixed. ValueError if it is
+    no dict."""
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dict of tensors")
+    for _ in range(8):  # there is no end to one that contains itself
+        inner = [checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), dict)]
+        if not inner:
+            break
+        checkpoint = inner[0]
+    return {str(key).removeprefix("module."): torch.as_tensor(value)
             for key, value in checkpoint.items() if isinstance(value, (torch.Tensor, np.ndarray))}
+
+
+def fault_of(tensor, shape):
+    """Why a tensor of a checkpoint, or None, cannot be a weight of this shape; None if it can."""
+    if tensor is None:
+        return "is missing"
+    if tensor.shape != shape:
+        return f"is {tuple(tensor.shape)}, not {tuple(shape)}"
+    dense = tensor.layout == torch.strided and not tensor.is_meta
+    if not dense or not tensor.is_floating_point():
+        return f"is {tensor.dtype} {tensor.layout} on {tensor.device}, not dense floats"
+    if not tensor.float().sum().isfinite():  # one pass, no memory
+        return "has NaN or infinity"
+    return None
 
 
 class Expert(nn.Module):
@@ -147,8 +177,9 @@ class Expert(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd, **options):
-        """The frozen teacher from an official checkpoint. Extra keys are ignored; missing or
-        misshapen ones are named in one ValueError. Tensors are adopted: a mapped file stays so."""
+        """The frozen teacher from an official checkpoint. Extra keys are ignored; those that are
+        missing, misshapen, not finite or no floats are named in one ValueError. Tensors are
+        adopted: a mapped file stays so."""
         sd = unwrap(sd)
         sizes = cls.sizes(sd)
         with torch.device("meta"):  # no memory, no initialisation
@@ -159,10 +190,9 @@ class Expert(nn.Module):
             name = module.official(key)
             if key.endswith("num_batches_tracked"):
                 continue
-            elif name not in sd:
-                wrong.append(f"{name} is missing")
-            elif sd[name].shape != value.shape:
-                wrong.append(f"{name} is {tuple(sd[name].shape)}, not {tuple(value.shape)}")
+            fault = fault_of(sd.get(name), value.shape)
+            if fault:
+                wrong.append(f"{name} {fault}")
             else:
                 found[key] = sd[name].float()
         if wrong:
@@ -616,42 +646,87 @@ def locate(name):
     return os.path.join(folder, EXPERTS[name].filename)
 
 
-def fetch(url, part, sha256):
-    """Downloads what the file `part` lacks. OSError if it breaks off or the digest is wrong."""
-    with open(part, "a+b") as f:
-        have = max(0, f.seek(0, os.SEEK_END) - 1)  # one byte again: the range is never empty
-        headers = {"Range": f"bytes={have}-", "User-Agent": "coat"}
+def no_link(path, flags):
+    """An opener for files in a cache, which others may share: it follows no symbolic link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def version_of(answer):
+    """What a server calls this version of its file; empty if it does not say."""
+    return answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
+
+
+def fetch(url, part):
+    """Downloads what the file `part` lacks. PART.tag has its version: of another one, or of one
+    that has no name, all is fetched. OSError if it breaks off."""
+    with (open(part, "a+b", opener=no_link) as f,
+          open(part + ".tag", "a+", encoding="latin-1", opener=no_link) as tag):
+        tag.seek(0)
+        version = tag.readline().strip()
+        headers = {"User-Agent": "coat"}
+        have = 0
+        if version:
+            have = max(0, f.seek(0, os.SEEK_END) - 1)  # one byte again: the range is never empty
+            headers |= {"Range": f"bytes={have}-", "If-Range": version}
         request = urllib.request.Request(url, headers=headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
-            if answer.status != 206:  # all of it, not the rest
-                have = 0
-            f.truncate(have)
+            if answer.status == 206:
+                rest = (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-")
+                if not rest or version_of(answer) != version:
+                    tag.truncate(0)
+                    raise OSError("its server sent a part of another file; try again, from the "
+                                  "first byte on")
+                f.truncate(have)
+            else:  # all of it, not the rest
+                f.truncate(0)
+                tag.truncate(0)
+                tag.write(version_of(answer))
+                tag.flush()
             shutil.copyfileobj(answer, f, 2 ** 20)
             if answer.length:
-                raise OSError(f"it broke off {answer.length} bytes early, "
-                              "the next try continues there")
-        f.seek(0)
-        if sha256 and hashlib.file_digest(f, "sha256").hexdigest() != sha256:
-            f.truncate(0)
-            raise OSError("what came has the wrong sha256")
+                raise OSError(f"it broke off {answer.length} bytes early; try again")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def check_fetched(name, part):
+    """ValueError unless a file that was fetched is whole and this teacher's."""
+    cls = EXPERTS[name]
+    with open(part, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if cls.sha256 and digest != cls.sha256:
+        raise ValueError("what came has the wrong sha256")
+    try:
+        read(cls, part)
+    except ValueError as e:
+        raise ValueError(f"what came is another file: {e}") from e
+    if not cls.sha256:
+        print(f"{name}: what came has the sha256 {digest}; experts.py has none to compare it with",
+              file=sys.stderr)
 
 
 def download(name, path):
-    """Fetches a teacher's file to PATH.part and renames it when it is whole. A download that
-    broke off is resumed; processes that want the same file wait for the first.
+    """Fetches a teacher's file to PATH.part and renames it once it is whole and can be read. A
+    download that broke off is resumed; processes that want the same file wait for the first.
     ExpertUnavailable if it cannot be had."""
     cls = EXPERTS[name]
+    part = path + ".part"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with FileLock(path + ".lock"):  # freed by the system, also after a crash
             if not os.path.exists(path):
                 print(f"{name}: fetching {cls.url} to {path}", file=sys.stderr, flush=True)
-                fetch(cls.url, path + ".part", cls.sha256)
-                os.replace(path + ".part", path)
-    except (OSError, NotImplementedError) as e:  # the latter: a file system without locks
+                fetch(cls.url, part)
+                os.remove(part + ".tag")  # whatever is wrong now, there is nothing to resume
+                check_fetched(name, part)
+                os.replace(part, path)
+    # NotImplementedError: a file system without locks
+    except (OSError, ValueError, NotImplementedError, http.client.HTTPException) as e:
+        reason = " ".join(str(e).split())[:300]
         raise ExpertUnavailable(
-            f"{name}: {cls.filename} is not here and could not be fetched ({e}): get it from "
-            f"{cls.url} and put it at {path}, or pass --teacher-{name} PATH") from None
+            f"{name}: {cls.filename} is not here and could not be fetched ({reason}): get it from "
+            f"{cls.url} and put it at {path}, or pass --teacher-{name} PATH; COAT_CACHE may name "
+            "another folder") from None
     with contextlib.suppress(OSError):  # another process did, or still holds it
         os.remove(path + ".lock")
 
@@ -665,6 +740,30 @@ def random_weights(cls, options):
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight)  # torch's own fades out over 12 layers
     return module.freeze()
+
+
+def read(cls, file, **options):
+    """The frozen teacher from a file of weights, on the CPU. ValueError, one line, if it is
+    damaged or another's."""
+    try:
+        with open(file, "rb") as f:
+            start = f.read(16)
+        if not start.startswith((b"PK", b"\x80")):  # a zip archive or, before torch 1.6, a pickle
+            raise ValueError(f"it begins with {start}, as no file of weights does")
+        with warnings.catch_warnings(action="ignore"):  # what is wrong comes as an error
+            if file.removesuffix(".part").endswith(".npz"):
+                sd = dict(np.load(file))
+            else:
+                mapped = zipfile.is_zipfile(file)  # files of torch < 1.6 are not and cannot be
+                sd = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        expert = cls.from_state_dict(sd, **options)
+        if not expert(torch.ones(1)).isfinite().all():  # sizes at odds fail here too
+            raise ValueError("it gives NaN or infinity")
+        return expert
+    except Exception as e:  # a damaged file fails in as many ways as it has bytes
+        # Its first sentence: what follows in torch's is advice to trust the file.
+        reason = re.split(r"\. (?=[A-Z])", " ".join(str(e).split()))[0][:300]
+        raise ValueError(f"{type(e).__name__}: {reason}") from e
 
 
 def load(name, path=None, device="cpu", random=False, **options):
@@ -681,22 +780,16 @@ def load(name, path=None, device="cpu", random=False, **options):
                       "its output means nothing !!!", stacklevel=2)
         return random_weights(cls, options).to(device)
     file = str(path or locate(name))
-    if not os.path.exists(file):
-        if path or not cls.url:
+    if not os.path.isfile(file):  # nor is a pipe, which would wait
+        if path or not cls.url or os.path.exists(file):
             raise ExpertUnavailable(f"{name}: there is no file {file}")
         download(name, file)
     try:
-        if file.endswith(".npz"):
-            sd = dict(np.load(file))
-        else:
-            mapped = zipfile.is_zipfile(file)  # files of torch < 1.6 are not and cannot be
-            sd = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        return cls.from_state_dict(sd, **options).to(device)
-    except Exception as e:  # a damaged file fails in as many ways as it has bytes
-        first_line = (str(e).splitlines() or [""])[0][:300]
+        expert = read(cls, file, **options)
+    except ValueError as e:
         raise ExpertUnavailable(
-            f"{name}: {file} is damaged or not {cls.filename} of {cls.source} "
-            f"({type(e).__name__}: {first_line})") from e
+            f"{name}: {file} is damaged or not {cls.filename} of {cls.source} ({e})") from e
+    return expert.to(device)
 
 
 def seconds_per_clip(expert):
@@ -723,6 +816,16 @@ def describe(name, path):
             f"{params:>9}  {expert.licence:25}{seconds_per_clip(expert):7.2f}  {where}")
 
 
+def check(paths):
+    """Prints the table. paths: {teacher: a file to use, or None}"""
+    print(f"{'teacher':8}{'network':13}{'dim':>5}{'Hz':>8}{'params':>9}  {'licence':25}"
+          f"{'s/10 s':>7}  weights")
+    for name, path in paths.items():
+        print(describe(name, path), flush=True)
+    print("s/10 s: median of 3 runs over noise on the CPU, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -732,15 +835,15 @@ def main():
         parser.add_argument(f"--teacher-{name}", metavar="PATH",
                             help="a file to use instead of the cached one")
     args = vars(parser.parse_args())
-    print(f"{'teacher':8}{'network':13}{'dim':>5}{'Hz':>8}{'params':>9}  {'licence':25}"
-          f"{'s/10 s':>7}  weights")
-    for name in EXPERTS:
-        try:
-            print(describe(name, args[f"teacher_{name}"]))
-        except ExpertUnavailable as e:
-            sys.exit(str(e))
-    print("s/10 s: median of 3 runs over noise on the CPU, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    try:
+        check({name: args[f"teacher_{name}"] for name in EXPERTS})
+    except OSError as e:  # of a full disk or, --check | head, a closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where the rest goes at exit
+        sys.exit(1 if isinstance(e, BrokenPipeError) else f"error: the table: {e}")
+    except (RuntimeError, MemoryError) as e:  # also ExpertUnavailable, and torch's without memory
+        sys.exit("error: " + " ".join(str(e).split())[:500])
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 
 
 if __name__ == "__main__":
