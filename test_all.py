@@ -9,6 +9,7 @@ goes wrong: bad input, damaged files, signals, a full disk. Fixtures and helpers
 weights; `rows` are four rows of a batch, `trained` and `mixed_runs` runs of train.py.
 """
 import contextlib
+import errno
 import copy
 import dataclasses
 import functools
@@ -18,6 +19,7 @@ import json
 import math
 import multiprocessing.forkserver
 import os
+import pickle
 import re
 import runpy
 import shlex
@@ -846,6 +848,13 @@ def test_sixth_teacher_is_one_class_and_one_row(monkeypatch, tmp_path):
     assert first["loudness"] != second["loudness"] > 0
     weighted = 0.3 * second["recon"] + 0.5 * second["loudness"]
     assert second["loss"] == pytest.approx(second["ce"] + weighted)
+
+
+def test_example_of_experts_runs_as_written():
+    lines = re.findall(r"^    >>> (.*)$", experts.__doc__, re.M)
+    names = {}
+    exec("\n".join(lines), names)
+    assert names["z"].shape == (25, 2112)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3016,18 +3025,6 @@ def test_absent_damaged_or_wrong_teacher_is_refused_in_one_line(tmp_path, monkey
     assert all(word in text for word in (str(tmp_path), *words)), text
 
 
-def test_broken_download_is_resumed_once_for_all_processes(tmp_path, monkeypatch):
-    payload = os.urandom(3_000_000)
-    path = str(tmp_path / "cache" / "spidr_base.pt")
-    with weights_server(payload, monkeypatch, breaks_at=2_000_000) as asked:
-        with pytest.raises(ExpertUnavailable, match="broke off"):
-            experts.download("speech", path)
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(experts.download, ["speech"] * 2, [path] * 2))
-    assert open(path, "rb").read() == payload and asked == [0, 1_999_999]
-    assert os.listdir(tmp_path / "cache") == ["spidr_base.pt"]
-
-
 def test_download_of_a_wrong_digest_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(SpeechUnits, "sha256", "0" * 64)
     with weights_server(b"something else", monkeypatch):
@@ -3049,7 +3046,247 @@ def test_random_teachers_of_a_run_are_announced(all_five):
 
 
 # --------------------------------------------------------------------------------------------------
+# What goes wrong: weights of a teacher
+
+class Small(Expert):
+    """A teacher of two numbers."""
+    sample_rate = 16000
+    frame_rate = 100.0
+    dim = 1
+    hop = 160
+    filename = "small.pt"
+    url = "http://127.0.0.1:9/small.pt"    # nobody listens
+    source = "nowhere"
+
+    def __init__(self):
+        super().__init__()
+        self.map = torch.nn.Linear(1, 1)
+
+    def features(self, wave):
+        return self.map(wave[::160, None])
+
+
+def saved(value):
+    """The bytes that torch.save makes of it."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def small_file(weight=1.0, bias=0.0, pad=0):
+    """The bytes of a file of Small."""
+    return saved({"model": {"map.weight": torch.full((1, 1), weight),
+                            "map.bias": torch.full((1,), bias), "pad": torch.zeros(pad)}})
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Registers Small. -> the path in the cache where its file would be"""
+    monkeypatch.setitem(EXPERTS, "small", Small)
+    monkeypatch.setenv("COAT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "small.pt"
+
+
+def test_broken_download_is_resumed_once_for_all_processes(small, monkeypatch):
+    payload = small_file(pad=700_000)
+    with weights_server(payload, monkeypatch, 2_000_000, Small) as asked:
+        with pytest.raises(ExpertUnavailable, match="broke off .* try again"):
+            experts.download("small", str(small))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(experts.download, ["small"] * 2, [str(small)] * 2))
+    assert small.read_bytes() == payload and asked == [0, 1_999_999]
+    assert os.listdir(small.parent) == ["small.pt"]
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_parts_of_two_files_never_become_one(honest, small, monkeypatch):
+    other = small_file(2.0, pad=1000)
+    whole = small_file(1.0, pad=1000)
+    with weights_server(whole, monkeypatch, 2000, Small, then=other, honest=honest) as asked:
+        for _ in range(2 if honest else 3):
+            assert not small.exists()
+            with contextlib.suppress(ExpertUnavailable):
+                experts.download("small", str(small))
+    assert small.read_bytes() == other
+    assert asked == ([0, 0] if honest else [0, 1999, 0])
+
+
+def test_part_of_unknown_origin_is_fetched_anew(small, monkeypatch):
+    write(f"{small}.part", b"x" * 9000)
+    with weights_server(small_file(), monkeypatch, cls=Small) as asked:
+        experts.download("small", str(small))
+    assert asked == [0] and small.read_bytes() == small_file()
+
+
+@pytest.mark.parametrize("payload, words", [
+    (b"<!DOCTYPE html><title>Sign in</title>", "it begins with b'<!DOCTYPE html>"),
+    (small_file()[:1000], "failed reading zip archive"),
+    (small_file(math.nan), "map.weight has NaN or infinity"),
+    (saved({"other": torch.zeros(2)}), "map.weight is missing")])
+def test_download_is_put_in_place_only_if_it_can_be_read(payload, words, small, monkeypatch):
+    with weights_server(payload, monkeypatch, cls=Small):
+        with pytest.raises(ExpertUnavailable) as error:
+            load("small")
+    line = str(error.value)
+    assert words in line and "\n" not in line and f"put it at {small}, or pass" in line
+    assert not small.exists()
+
+
+@pytest.mark.parametrize("ending", [".part", ".part.tag"])
+def test_download_writes_through_no_link(ending, small, monkeypatch, tmp_path):
+    write(tmp_path / "precious", "precious")
+    small.parent.mkdir()
+    os.symlink(tmp_path / "precious", f"{small}{ending}")
+    with weights_server(small_file(), monkeypatch, cls=Small):
+        with pytest.raises(ExpertUnavailable, match="symbolic link"):
+            load("small")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("answer", ["nonsense\r\n\r\n", "HTTP/1.1 200 OK\r\n"
+                                    "Transfer-Encoding: chunked\r\n\r\n1000\r\nnot so much"])
+def test_server_that_breaks_the_protocol_is_one_line(answer, small, monkeypatch):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with serving(Handler) as url:
+        monkeypatch.setattr(Small, "url", url)
+        with pytest.raises(ExpertUnavailable, match="^small: .* could not be fetched .[^\n]*$"):
+            load("small")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_full_or_read_only_cache_is_one_line(number, small, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(shutil, "copyfileobj", refuse)
+    with weights_server(small_file(), monkeypatch, cls=Small):
+        with pytest.raises(ExpertUnavailable, match=f"{os.strerror(number)}.*COAT_CACHE"):
+            load("small")
+    assert not small.exists()
+
+
+# What is in a teacher's file, and what its line says.
+
+def odd_weight(make):
+    """The bytes of a file of Small in which make(tensor) is one of the weights."""
+    return saved({"map.weight": make(torch.ones(1, 1)), "map.bias": torch.zeros(1)})
+
+
+def file_in_itself():
+    nested = {}
+    nested["model"] = nested
+    return saved(nested)
+
+
+BAD_TEACHERS = {
+    "empty": (b"", "it begins with b''"),
+    "page": (b"<html>", "it begins with b'<html>'"),
+    "cut": (small_file()[:900], "failed reading zip archive"),
+    "pickle of code": (pickle.dumps({"model": os.system}), "UnpicklingError"),
+    "network": (saved({"model": torch.nn.Linear(1, 1)}), "UnpicklingError"),
+    "list": (saved([1]), "it holds a list, not a dict of tensors"),
+    "no tensors": (saved({"model": {1: "a", "b": [{}]}}), "map.weight is missing"),
+    "itself": (file_in_itself(), "map.weight is missing"),
+    "NaN": (small_file(math.nan), "map.weight has NaN or infinity"),
+    "infinite": (small_file(-math.inf), "map.weight has NaN or infinity"),
+    "overflow": (odd_weight(lambda t: t.double() * 1e300), "map.weight has NaN or infinity"),
+    "gives NaN": (small_file(3e38, 3e38), "it gives NaN or infinity"),
+    "shape": (odd_weight(lambda t: t[0]), r"map.weight is (1,), not (1, 1)"),
+    "complex": (odd_weight(lambda t: t.cfloat()), "map.weight is torch.complex64"),
+    "int": (odd_weight(lambda t: t.int()), "map.weight is torch.int32"),
+    "bool": (odd_weight(lambda t: t.bool()), "map.weight is torch.bool"),
+    "sparse": (odd_weight(lambda t: t.to_sparse()), "torch.sparse_coo on cpu, not dense"),
+    "meta": (odd_weight(lambda t: t.to("meta")), "torch.strided on meta, not dense"),
+    "quantised": (odd_weight(lambda t: torch.quantize_per_tensor(t, 1.0, 0, torch.qint8)),
+                  "map.weight is torch.qint8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEACHERS)
+def test_file_that_is_no_teacher_is_named_in_one_line(name, small, tmp_path):
+    content, words = BAD_TEACHERS[name]
+    path = write(tmp_path / "file.pt", content)
+    with pytest.raises(ExpertUnavailable) as error:
+        load("small", path)
+    line = str(error.value)
+    assert line.startswith(f"small: {path} is damaged or not small.pt of nowhere (")
+    assert words in line and "\n" not in line and "weights_only" not in line
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_teacher_in_any_float_is_loaded_as_float32(dtype, small, tmp_path):
+    path = write(tmp_path / "file.pt", odd_weight(lambda t: t.to(dtype)))
+    assert load("small", path).map.weight.dtype == torch.float32
+
+
+def test_pipe_folder_or_device_is_no_file_of_a_teacher(small, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero", tmp_path / "missing"):
+        with pytest.raises(ExpertUnavailable, match=f"there is no file {path}$"):
+            load("small", path)
+    small.mkdir(parents=True)    # in the cache: nothing is fetched that could not be put there
+    with pytest.raises(ExpertUnavailable, match=f"there is no file {small}$"):
+        load("small")
+
+
+# --------------------------------------------------------------------------------------------------
 # What goes wrong: programs
+
+class Closed(io.StringIO):
+    """A pipe to `head`, which has ended."""
+
+    def flush(self):
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("error, code", [
+    (BrokenPipeError(), 1), (OSError("no room"), "error: the table: no room"),
+    (MemoryError("8 TiB"), "error: 8 TiB"), (RuntimeError("two\nlines"), "error: two lines"),
+    (KeyboardInterrupt(), "stopped")])
+def test_check_of_the_teachers_ends_in_one_line(error, code, monkeypatch):
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(torch.hub, "get_dir", refuse)    # in the first row of the table
+    monkeypatch.setattr(os, "dup2", lambda *args: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.delenv("COAT_CACHE", raising=False)
+    with pytest.raises(SystemExit) as end:
+        run_path("experts.py", ["--check"])
+    assert end.value.code == code
+
+
+def test_bench_notices_a_closed_pipe_before_its_end():
+    bench_py = runpy.run_path(str(HERE / "bench.py"))
+    with pytest.raises(BrokenPipeError), contextlib.redirect_stdout(Closed()):
+        bench_py["print_json"](SimpleNamespace(command="facts"), {})
+
+
+def test_bench_advises_flags_that_the_command_has(capsys):
+    advice = runpy.run_path(str(HERE / "bench.py"))["LESS_MEMORY"]
+    for command, words in advice.items():
+        with pytest.raises(SystemExit):
+            run_path("bench.py", [command, "--help"])
+        printed = capsys.readouterr().out
+        assert all(flag in printed for flag in re.findall(r"--[a-z-]+", words)), command
+
+
+def test_bench_looks_whether_it_can_draw_before_it_measures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("old.png", "a picture")
+    os.mkfifo("pipe.svg")
+    for path, words in (("folder", "ends in one of"), ("nowhere/x.png", "No such file"),
+                        ("pipe.svg", "not seekable"), ("old.png", "holds no checkpoint")):
+        error = run("bench.py", "latency", "--model", "nowhere", "--plot", path, fails=True)
+        assert words in error
+    assert open("old.png").read() == "a picture"
+
 
 def test_error_ends_a_program_in_one_line_without_traceback(bad_clips):
     done = subprocess.run(
@@ -3740,31 +3977,39 @@ def clicks(expert, front, tokens, seconds):
 
 
 @contextlib.contextmanager
-def weights_server(payload, monkeypatch, breaks_at=None):
-    """Serves the speech teacher's weights; the first answer breaks off. -> from which bytes on."""
+def weights_server(payload, monkeypatch, breaks_at=None, cls=SpeechUnits, then=None, honest=True):
+    """Serves a teacher's weights; the first answer breaks off. -> from which bytes on.
+
+    then    the file from the second answer on, of another version
+    honest  what is asked of one version is not answered with bytes of another"""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            begin = int(self.headers["Range"][6:-1])
+            file = then if then and asked else payload
+            version = f'"{zlib.crc32(file)}"'
+            same = self.headers["If-Range"] == version or not honest
+            begin = int(self.headers["Range"][6:-1]) if self.headers["Range"] and same else 0
             asked.append(begin)
-            self.send_response(206)
-            self.send_header("Content-Length", len(payload) - begin)
+            self.send_response(206 if begin else 200)
+            self.send_header("ETag", version)
+            self.send_header("Content-Length", len(file) - begin)
+            self.send_header("Content-Range", f"bytes {begin}-{len(file) - 1}/{len(file)}")
             self.end_headers()
-            self.wfile.write(payload[begin:breaks_at if len(asked) == 1 else None])
+            self.wfile.write(file[begin:breaks_at if len(asked) == 1 else None])
 
         def log_message(self, *args):
             pass
 
     with serving(Handler) as url:
-        monkeypatch.setattr(SpeechUnits, "url", f"{url}/spidr_base.pt")
+        monkeypatch.setattr(cls, "url", f"{url}/{cls.filename}")
         yield asked
 
 
 @contextlib.contextmanager
 def serving(handler):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
