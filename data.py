@@ -25,9 +25,11 @@ import math
 import os
 import re
 import string
+import struct
 import sys
 from array import array
 from collections import Counter
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,11 +37,14 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-from experts import resample_frames
-from model import (IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError, build_inputs,
-                   check_seconds, check_text, encode_row, one_line_errors, pad_batch, pad_rows)
+from experts import EXPERTS, resample_frames
+from model import (BACKBONES, IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError,
+                   build_inputs, check_seconds, check_text, encode_row, one_line_errors, pad_batch,
+                   pad_rows)
 
 MAX_KERNEL = 2 ** 24    # taps of a resampling kernel; for 44,099 Hz it would take gigabytes
+MAX_LINE = 100_000      # bytes of a row: 20 times what two minutes of speech say
+MAX_TIME = 10 ** 6      # s, of "start", "end", "seconds": eleven days
 
 
 # --------------------------------------------------------------------------------------------------
@@ -50,26 +55,58 @@ def open_audio(path, start=None, end=None):
 
     Returns (soundfile.SoundFile, first frame, number of frames). Raises InputError."""
     if not os.path.isfile(path):
-        raise InputError(f"no file '{path}'; check the path")
-    try:
-        file = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError as e:
-        raise InputError(f"cannot decode '{path}' ({e.error_string}); "
-                         "give wav, flac, ogg or mp3") from e
-    if not math.isfinite(start or 0) or not math.isfinite(end or 0):
+        raise InputError(f"no file {path!r}; check the path")
+    if not is_time(start or 0) or not is_time(end or 0):
         raise InputError(f"from {start} s to {end} s: give numbers of seconds")
-    if file.frames == 0:
-        raise InputError(f"'{path}' holds no samples; record it again or drop the row")
+    cut = False
+    try:
+        cut = is_cut(path)
+        file = soundfile.SoundFile(path)
+    except OSError as e:
+        raise InputError(f"cannot read '{path}' ({e.strerror}); check its permissions") from e
+    except (soundfile.LibsndfileError, TypeError) as e:    # TypeError: .raw, which has no header
+        reason = "it is cut off" if cut else getattr(e, "error_string", "it has no header")
+        raise InputError(f"cannot decode '{path}' ({reason}); give wav, flac, ogg or mp3") from e
 
     first = round((start or 0) * file.samplerate)
     last = file.frames
     if end is not None:
         last = min(last, round(end * file.samplerate))
+    if cut and last == file.frames:    # what ends before the cut can be used
+        raise InputError(f"'{path}' is cut off; copy it again")
+    if file.frames == 0:
+        raise InputError(f"'{path}' holds no samples; record it again or drop the row")
     if not 0 <= first < last:
         raise InputError(f"'{path}' has nothing from {start or 0} s to {end or 'its end'}; "
                          f"it lasts {file.frames / file.samplerate:.2f} s")
     check_seconds((last - first) / file.samplerate, f"'{path}'")
     return file, first, last - first
+
+
+def is_time(value):
+    """Is it a number of seconds?"""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= MAX_TIME
+
+
+def is_cut(path):
+    """Does a WAV file hold less than its header says, or an OGG file end within a page? libsndfile
+    would read what is left without a word. An OGG cut between two pages looks whole."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        kind = file.read(12)[:4]
+        if kind == b"OggS":
+            file.seek(max(0, size - 2 ** 16))    # a page is shorter
+            tail = file.read()
+            page = tail[tail.rfind(b"OggS\0"):]
+            lengths = page[27:27 + page[26]] if len(page) > 26 else b""    # of its segments
+            return 27 + len(lengths) + sum(lengths) > len(page)
+        while kind == b"RIFF" and len(header := file.read(8)) == 8:
+            name, length = struct.unpack("<4sI", header)
+            if name == b"data":    # who writes into a pipe states 2 GB or more
+                return length < 0x7ffff000 and size - file.tell() < 0.99 * length
+            file.seek(length + length % 2, os.SEEK_CUR)
+    return False
 
 
 def read_audio(path, start=None, end=None):
@@ -95,11 +132,16 @@ def read_audio(path, start=None, end=None):
 
 def at_rate(wave, rate, new_rate):
     """(N,) at `rate` Hz -> (ceil(N new_rate / rate),) at `new_rate` Hz. Raises InputError."""
+    check_rate(rate, new_rate)
+    return resample(wave, rate, new_rate)
+
+
+def check_rate(rate, new_rate):
+    """Raises InputError where at_rate would take gigabytes."""
     gcd = math.gcd(rate, new_rate)
     if max(rate, new_rate) // gcd * (new_rate // gcd) > MAX_KERNEL:
-        raise InputError(f"cannot resample from {rate} Hz; convert the file to a usual rate such "
-                         "as 16000 or 44100 Hz")
-    return resample(wave, rate, new_rate)
+        raise InputError(f"cannot resample from {rate} to {new_rate} Hz; convert the file to a "
+                         "usual rate such as 16000 or 44100 Hz")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,7 +150,8 @@ def at_rate(wave, rate, new_rate):
 #   load(i)     row i, with "wave" (N,) and "rate" in Hz if it has audio; raises InputError
 #   lengths     (rows,) seconds of audio, 0 without
 #   skipped     [(row number, InputError)] of those that headers and stated lengths rule out
-#   files       what it is read from
+#   files       what it is read from; if any,
+#   sizes       (rows,) bytes of the audio files that had to be opened for their length, else 0
 #   draw(n, seed, stage)    where a stage is not just whole passes over the usable rows
 
 def open_source(text, training_rows=None, seed=0):
@@ -146,8 +189,13 @@ def passes(rows, n, rng):
 
 
 def fingerprint(source):
-    """Hex digest of what the plan of a stage follows from: files and lengths of the audio."""
+    """Hex digest of what the plan of a stage follows from: rows, lengths and sizes of the audio.
+
+    Not the audio of rows that state "seconds": to ask a million files on a network for their sizes
+    takes minutes. Nor times of files, which a copy may change."""
     found = hashlib.sha256(source.lengths.tobytes())
+    if source.files:
+        found.update(source.sizes.tobytes())
     for path in source.files:
         with open(path, "rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
@@ -156,46 +204,67 @@ def fingerprint(source):
 
 # Of ms-swift, LLaMA-Factory, chat templates.
 OTHER_KEYS = {"messages", "conversations", "audios", "query", "instruction", "output"}
+LOADED_KEYS = ("wave", "rate", "row")    # what loading adds
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def parse_row(line, where):
     """A line of a manifest, bytes -> the row. Raises InputError that begins with `where`."""
     try:
-        row = json.loads(line)
+        row = {"audio": None, "seconds": None, "task": "qa"} | read_object(line)
+        check_keys(row)
+    except InputError as e:
+        raise InputError(f"{where}: {e}") from e
+    return row
+
+
+def read_object(line):
+    """The JSON object of a line. Raises InputError."""
+    require(len(line) <= MAX_LINE, f"more than {MAX_LINE} bytes; shorten its texts, or leave out "
+                                   "keys that nobody needs")
+    half = None
+    try:
+        text = line.decode("utf-8-sig")
+        row = json.loads(text)
+        if "\\u" in text:
+            half = HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False))
     except json.JSONDecodeError as e:
-        raise InputError(f"{where}: not JSON ({e.msg} at column {e.colno}); "
+        raise InputError(f"not JSON ({e.msg} at column {e.colno}); "
                          "write one JSON object a line") from e
     except UnicodeDecodeError as e:
-        raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from e
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: not a JSON object; "
-                         'write {"audio": .., "prompt": .., "response": ..}')
-    other = row.keys() & OTHER_KEYS
-    if other and "prompt" not in row:
-        raise InputError(f'{where}: no "prompt" but {", ".join(sorted(other))}; a row has "audio", '
-                         '"prompt", "response", which python data.py convert messages FILE or '
-                         "json FILE --prompt KEY --response KEY writes")
-    row = {"audio": None, "seconds": None, "task": "qa"} | row
-
-    for key in ("prompt", "response", "task"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise InputError(f'{where}: "{key}" is missing or empty; every row needs one')
-        if HALF_CHARACTER.search(row[key]):
-            raise InputError(f'{where}: "{key}" holds half a character (a lone surrogate); '
-                             "remove it")
-    choices = row.get("choices") or []
-    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise InputError(f'{where}: "choices" is no list of texts; write ["yes", "no"]')
-    if not isinstance(row["audio"], (str, type(None))):
-        raise InputError(f'{where}: "audio" is no path; give one, or null for a row of text')
-    for key in ("start", "end", "seconds"):
-        value = row.get(key)
-        if not isinstance(value, (int, float, type(None))) or not math.isfinite(value or 0):
-            raise InputError(f'{where}: "{key}" is no number; give seconds')
-    if row["audio"] is not None and row["seconds"] is not None and row["seconds"] <= 0:
-        raise InputError(f'{where}: "seconds" is not above 0; leave it out')
+        raise InputError("not UTF-8; save the file as UTF-8") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError("a number of thousands of digits, or brackets in hundreds of brackets; "
+                         "leave it out") from e
+    require(isinstance(row, dict),
+            'not a JSON object; write {"audio": .., "prompt": .., "response": ..}')
+    require(not half, "half a character (a lone surrogate, \\ud800 to \\udfff); remove it")
     return row
+
+
+def check_keys(row):
+    """Raises InputError unless a row has what a row needs."""
+    other = row.keys() & OTHER_KEYS
+    require(not other or "prompt" in row,
+            f'no "prompt" but {", ".join(sorted(other))}; a row has "audio", "prompt", "response", '
+            "which python data.py convert messages FILE writes, or convert json FILE")
+    for key in ("prompt", "response", "task"):
+        require(isinstance(row.get(key), str) and row[key].strip(),
+                f'"{key}" is missing or empty, or no text; every row needs one')
+    require(isinstance(row.get("question"), (str, type(None))),
+            '"question" is no text; write one, or leave it out')
+    choices = row.get("choices") or []
+    require(isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices),
+            '"choices" is no list of texts; write ["yes", "no"]')
+    require(isinstance(row["audio"], (str, type(None))),
+            '"audio" is no path; give one, or null for a row of text')
+    for key in ("start", "end", "seconds"):
+        require(row.get(key) is None or is_time(row[key]),
+                f'"{key}" is no number of seconds up to {MAX_TIME}; give one, or leave it out')
+    if row["audio"] is not None and row["seconds"] is not None:
+        require(row["seconds"] > 0, '"seconds" is not above 0; leave it out')
+    for key in LOADED_KEYS:
+        require(key not in row, f'"{key}" is a name that loading a row uses; give it another')
 
 
 def row_seconds(row):
@@ -233,7 +302,8 @@ class Manifest:
         tasks = Counter()
         start = 0
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            lines = iter(functools.partial(file.readline, MAX_LINE + 1), b"")
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     row = parse_row(line, f"{path}, line {number}")
                     seconds = 0 if row["audio"] is None else row["seconds"]
@@ -255,7 +325,7 @@ class Manifest:
         path = self.paths[k]
         with open(path, "rb") as file:    # anew: processes that share an open one share its place
             file.seek(start)
-            row = parse_row(file.readline(), f"{path}, row {i - self.first[k]}")
+            row = parse_row(file.readline(MAX_LINE + 1), f"{path}, row {i - self.first[k]}")
         if row["audio"] is not None:
             row["audio"] = os.path.join(os.path.dirname(path), row["audio"])
         return row
@@ -269,26 +339,32 @@ class Manifest:
 
     @functools.cached_property
     def headers(self):
-        """(lengths, skipped); opens the files whose length is not stated, once."""
+        """(lengths, sizes, skipped); opens the files whose length is not stated, once."""
         lengths = self.stated.copy()
+        sizes = np.zeros(len(self), int)
         skipped = []
         in_range = (lengths >= MIN_SECONDS) & (lengths <= MAX_SECONDS)    # nan is not
         for i in np.flatnonzero(~in_range & (lengths != 0)).tolist():
             row = self[i]
             try:
                 lengths[i] = row_seconds(row)
+                sizes[i] = os.path.getsize(row["audio"])
             except InputError as e:
                 lengths[i] = 0
                 skipped.append((i, e))
-        return lengths, skipped
+        return lengths, sizes, skipped
 
     @property
     def lengths(self):
         return self.headers[0]
 
     @property
-    def skipped(self):
+    def sizes(self):
         return self.headers[1]
+
+    @property
+    def skipped(self):
+        return self.headers[2]
 
 
 def read_mixture(path):
@@ -321,7 +397,7 @@ def read_mixture(path):
     except json.JSONDecodeError as e:
         raise InputError(f"{path}, line {e.lineno}: not JSON ({e.msg}); "
                          "only whole lines can be // comments") from e
-    except InputError as e:
+    except (ValueError, RecursionError) as e:    # InputError, not UTF-8, a number of 5000 digits
         raise InputError(f"'{path}': {e}; README.md shows a mixture") from e
     return shares, draws, sources, spec["rows"]
 
@@ -333,7 +409,8 @@ def require(ok, problem):
 
 def require_positive(value, what):
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(is_number and 0 < value < math.inf, f"{what} is not a number above 0")
+    require(is_number and 1e-9 <= value <= 1e9,
+            f"{what} is not a number from 1e-9 to 1e9")
 
 
 def unique_names(pairs):
@@ -350,12 +427,14 @@ def read_spec(path):
         # Comments become empty lines, so that errors name the right one.
         text = "".join("\n" if line.lstrip().startswith("//") else line for line in file)
     spec = json.loads(text, object_pairs_hook=unique_names)
-    require(isinstance(spec, dict), "this is not a JSON object")
+    require(isinstance(spec, dict), "this is not a JSON object; if it holds rows, python data.py "
+                                    "convert messages, or json, writes rows.jsonl of it")
     spec = {"max_epochs": None, "rows": 1_600_000} | spec
     require(set(spec) == {"groups", "max_epochs", "rows"},
             'give "groups", and "max_epochs" and "rows" if needed')
     require(isinstance(spec["groups"], dict) and spec["groups"], "there is no group")
-    require(type(spec["rows"]) is int and spec["rows"] > 0, '"rows" is not a whole number above 0')
+    require(type(spec["rows"]) is int and 0 < spec["rows"] <= 1e9,
+            '"rows" is not a whole number from 1 to 1e9')
     return spec
 
 
@@ -888,13 +967,15 @@ def make_row(candidate):
     if candidate.spoken:
         row["question"] = candidate.spoken.strip()
     for key, value in (candidate.more or {}).items():
-        row[f"{key}_" if key in row else key] = value    # MMAU's "task" becomes "task_"
+        taken = key in row or key in LOADED_KEYS
+        row[f"{key}_" if taken else key] = value    # MMAU's "task" becomes "task_"
     return row
 
 
 def digest(*words):
     """16 bytes to choose by, the same on every machine."""
-    return hashlib.md5(" ".join(words).encode()).digest()
+    # Half characters pass here; convert leaves their rows out.
+    return hashlib.md5(" ".join(words).encode(errors="surrogatepass")).digest()
 
 
 def ask_choice(candidate):
@@ -1384,36 +1465,112 @@ def layout_of(corpus):
 
 def any_table(args):
     """The candidates of the table of the flags, which name its columns."""
-    def column(name):
-        return [f"{{{name}}}"] if name else []
-
+    asks = any("{}" in wording for wording in WORDINGS[args.task])
     if args.choices and not args.prompt:
         raise InputError("--choices needs --prompt, the column with the questions")
-    table = os.path.basename(os.path.abspath(args.root))
-    return from_table(args.task, [table], column(args.audio), column(args.response),
-                      column(args.prompt), wordings=["{}"] if args.prompt else (),
-                      choices=[args.choices] if args.choices else [], keep=args.keep)
+    if not args.prompt and (asks or not args.audio):
+        raise InputError("give --prompt, the column with the questions; or --audio and a --task "
+                         "with prompts of ours, such as asr or caption")
+    named = [name for name in (args.response, args.prompt, args.audio) if name]
+
+    def candidates(root, split):
+        for cells in read_table(os.path.abspath(args.root)):
+            if None in cells:    # where csv puts cells beyond the header's
+                yield Candidate(problem="with more cells than columns (quote text with commas)")
+                continue
+            if any(isinstance(cells[name], (list, dict)) for name in named):
+                yield Candidate(problem="with a list or an object where a text belongs")
+                continue
+            texts = {name: str(cells[name]) for name in named}
+            places = [os.path.join(root, texts[args.audio])] if args.audio else []
+            yield Candidate(
+                args.task, texts[args.response], [os.path.normpath(place) for place in places],
+                question=texts[args.prompt] if args.prompt else "",
+                wordings=["{}"] if args.prompt else (),
+                choices=cells[args.choices] if args.choices else None,
+                more={name: cells[name] for name in args.keep})
+
+    columns = filter(None, [*named, args.choices, *args.keep])
+    candidates.__doc__ = f"a table with the columns {', '.join(columns)}"
+    return candidates
 
 
 def any_messages(args):
     """The candidates of a file of conversations of ms-swift, LLaMA-Factory or chat templates."""
     def candidates(root, split):
-        for item in read_table(os.path.abspath(args.root)):
-            turns = item["messages"]
-            clips = item.get("audios") or item.get("audio") or []
-            clips = [clips] if isinstance(clips, str) else clips
-            texts = [turn["content"] for turn in turns if isinstance(turn["content"], str)]
-            if [turn["role"] for turn in turns] != ["user", "assistant"] or len(texts) != 2:
-                yield Candidate(problem="not of one question and one answer")
-            elif len(clips) > 1:
-                yield Candidate(problem="with several clips")
-            else:
-                yield Candidate(args.task, texts[1], [os.path.join(root, clip) for clip in clips],
-                                texts[0].replace("<audio>", ""), wordings=["{}"])
+        for item in read_json(os.path.abspath(args.root)):
+            try:
+                yield one_turn(item, root, args.task)
+            except LeftOut as e:
+                yield Candidate(problem=str(e))
 
     candidates.__doc__ = """a file with {"messages": [{"role": "user", "content": ..}, {"role":
-    "assistant", "content": ..}], "audios": [..]} a line or in an array"""
+    "assistant", "content": ..}], "audios": [..]}, or the same with "conversations", "from" and
+    "value", or with "query" and "response", or with "instruction", "input" and "output", a line or
+    in an array"""
     return candidates
+
+
+NOT_ONE_TURN = "not of one question and one answer"
+
+
+def one_turn(item, root, task):
+    """A conversation -> its Candidate. Raises LeftOut unless it is of one question, with at most
+    one clip, and one answer."""
+    turns = turns_of(item)
+    roles = [role for role, _ in turns]
+    if item.get("system") or item.get("history") or roles != ["user", "assistant"]:
+        raise LeftOut(NOT_ONE_TURN)
+    clips = item.get("audios") or item.get("audio") or []
+    clips = clips if isinstance(clips, list) else [clips]
+    question, clips_in_it = text_and_clips(turns[0][1])
+    answer, _ = text_and_clips(turns[1][1])
+    clips = clips + clips_in_it
+    if not all(isinstance(clip, str) for clip in clips):
+        raise LeftOut("with audio that is no path")
+    if len(clips) > 1:
+        raise LeftOut("with several clips")
+    if "<audio>" in question and not clips:
+        raise LeftOut("with <audio> but no clip")
+    places = [os.path.join(root, clip) for clip in clips]
+    return Candidate(task, answer, places, question.replace("<audio>", ""), wordings=["{}"])
+
+
+def turns_of(item):
+    """[(role, content)] of a conversation. Raises LeftOut."""
+    if "instruction" in item:
+        question = f"{item['instruction']}\n{item.get('input', '')}"
+        return [("user", question), ("assistant", item["output"])]
+    if "query" in item:
+        return [("user", item["query"]), ("assistant", item["response"])]
+    turns = item["conversations"] if "conversations" in item else item["messages"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise LeftOut(NOT_ONE_TURN)
+    found = []
+    for turn in turns:
+        role = str(turn.get("role") or turn.get("from"))
+        role = {"human": "user", "gpt": "assistant"}.get(role, role)
+        found.append((role, turn.get("content") or turn.get("value")))
+    return found
+
+
+def text_and_clips(content):
+    """What a turn says, a text or a list of parts -> (text, [audio paths]). Raises LeftOut."""
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise LeftOut(NOT_ONE_TURN)
+    texts = []
+    clips = []
+    for part in content:
+        if part.get("type") == "text":
+            texts.append(str(part.get("text", "")))
+        elif part.get("type") == "audio":
+            texts.append("<audio>")
+            clips += [part[key] for key in ("audio", "audio_url", "path", "url") if part.get(key)]
+        else:
+            raise LeftOut("with parts that are neither text nor audio")
+    return "\n".join(texts), clips
 
 
 def pitch_class_of(row):
@@ -1439,6 +1596,8 @@ def convert(args):
     root = os.path.abspath(args.root)
     splits = ["all"]
     if args.name in ANY_FILE:
+        if not os.path.isfile(root):    # nor is a device, which may never end
+            raise InputError(f"no file '{args.root}'; give the table itself")
         corpus = ANY_FILE[args.name](args)
         root = os.path.dirname(root)    # the audio lies relative to the table
     else:
@@ -1456,7 +1615,8 @@ def convert(args):
                     row = make_row(candidate)
                     if args.pitch_class:
                         row["pitch_class"] = pitch_class_of(row)
-                except LeftOut as e:
+                    parse_row(json.dumps(row).encode(), "that training would refuse")
+                except (LeftOut, InputError) as e:
                     left_out[str(e)] += 1
                     continue
                 print(json.dumps(row, ensure_ascii=False))
@@ -1469,6 +1629,7 @@ def convert(args):
     except (ValueError, TypeError, csv.Error) as e:
         what = str(e).splitlines()[0]
         raise InputError(f"'{args.root}' holds something else ({what}); {layout}") from e
+    sys.stdout.flush()    # where a full disk says so
     reasons = "".join(f", {n} {reason}" for reason, n in left_out.most_common())
     reasons += f"; {without_note} without a note" if args.pitch_class else ""
     print(f"{args.name}: {written} rows, {left_out.total()} left out{reasons}", file=sys.stderr)
@@ -1479,19 +1640,44 @@ def convert(args):
 ANY_FILE = {"csv": any_table, "json": any_table, "messages": any_messages}
 
 
+def check_row(row):
+    """Raises InputError if a batch would leave out a row that could be loaded."""
+    if "wave" in row:
+        for rate in sorted({SAMPLE_RATE, *(expert.sample_rate for expert in EXPERTS.values())}):
+            check_rate(row["rate"], rate)
+    backbones = {}    # {what is wrong: names of those that refuse it}
+    for name, backbone in BACKBONES.items():
+        try:
+            check_text(SimpleNamespace(backbone=backbone), row["prompt"] + row["response"])
+        except InputError as e:
+            backbones.setdefault(str(e), []).append(name)
+    if backbones:
+        raise InputError("; ".join(f"with {', '.join(names)}: {reason}"
+                                   for reason, names in backbones.items()))
+
+
+def would_skip(source, quick):
+    """[(row number, InputError)] of the rows that training skips, with one backbone at least.
+
+    quick: believes headers and stated lengths, decodes nothing"""
+    found = dict(source.skipped)
+    for i in range(len(source)):
+        try:
+            if i not in found:
+                check_row(source[i] if quick else source.load(i))
+        except InputError as e:
+            found[i] = e
+    return sorted(found.items())
+
+
 def check(args):
     """Prints what a manifest or mixture holds, and what training would skip -> whether any."""
     source = open_source(args.path)
     if not source.files:
         raise InputError(f"'{args.path}' has no file; give rows.jsonl or mixture.json")
-    skipped = source.skipped
-    if not args.quick:
-        skipped = [(i, e) for i, e in enumerate(Rows(source)) if isinstance(e, InputError)]
+    skipped = would_skip(source, args.quick)
     tasks = ", ".join(f"{n} {task}" for task, n in sum(source.tasks, Counter()).items())
     print(f"{len(source)} rows, {source.lengths.sum() / 3600:.3f} h, {tasks}")
-    if isinstance(source, Mixture):
-        print(f"a stage of {source.stage_rows} rows:")
-        print("\n".join(source.report(source.stage_rows)))
 
     how = ", by headers and stated lengths" if args.quick else ""
     print(f"{len(skipped)} would be skipped{how}")
@@ -1501,6 +1687,10 @@ def check(args):
             here[20:] = [f"  {path}: {len(here) - 20} more"]
         for line in here:
             print(line)
+    if isinstance(source, Mixture):
+        print(f"a stage of {source.stage_rows} rows:")
+        print("\n".join(source.report(source.stage_rows)))
+    sys.stdout.flush()    # where a full disk says so
     return bool(skipped)
 
 
@@ -1530,7 +1720,7 @@ def parse_flags():
                    help="add each clip's dominant pitch class by basic-pitch, null without a note")
     table = p.add_argument_group("csv and json", "--audio etc. name columns, of json keys")
     table.add_argument("--audio", help="audio files relative to the table (none: text only)")
-    table.add_argument("--prompt", help="prompts (none: our wordings for the task)")
+    table.add_argument("--prompt", help="prompts (none: our wordings of a --task such as asr)")
     table.add_argument("--response", default="response", help="responses (%(default)s)")
     table.add_argument("--choices", metavar="COLUMN",
                        help='choices: "a|b|c" or a list; responses: text, letter or number from 0')
