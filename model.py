@@ -1052,6 +1052,10 @@ def one_line_errors(*kinds, less_memory="a smaller batch"):
         else:
             return sys.__excepthook__(kind, error, trace)
         print(line, file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:    # a full disk; what could not be written would fail once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.excepthook = hook
 
 

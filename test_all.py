@@ -9,9 +9,9 @@ goes wrong: bad input, damaged files, signals, a full disk. Fixtures and helpers
 weights; `rows` are four rows of a batch, `trained` and `mixed_runs` runs of train.py.
 """
 import contextlib
-import errno
 import copy
 import dataclasses
+import errno
 import functools
 import http.server
 import io
@@ -1163,6 +1163,47 @@ def test_check_names_what_would_be_skipped(tmp_path, capsys):
     assert "row 19: no file" in text and "few.jsonl: 5 more" in text
 
 
+def test_check_finds_what_training_skips(tiny, tmp_path):
+    wav(tmp_path, "good.wav", noise(1.0).numpy())
+    wav(tmp_path, "nan.wav", np.full(16000, np.nan), subtype="FLOAT")
+    wav(tmp_path, "odd.wav", noise(1.0).numpy(), 44099)
+    cut_in_half(wav(tmp_path, "cut.wav", noise(1.0).numpy()))
+    write(tmp_path / "x.raw", b"\0" * 32000)
+    row = {"prompt": "?", "response": "x"}
+    names = ("good", "nan", "odd", "cut", "none", "good")
+    rows = [row | {"audio": f"{name}.wav"} for name in names]
+    rows += [row | {"audio": "x.raw"}, row | {"audio": "cut.wav", "seconds": 1}]
+    rows += [row | {"audio": "good.wav", **more} for more in (
+        {"start": -1}, {"start": 2}, {"end": 0.01}, {"start": 0.5, "end": 999}, {"seconds": 121},
+        {"seconds": 0.01}, {"prompt": f"a {THINK}"}, {"response": "<sound>"})]
+    rows += [{"prompt": "<|AU", "response": "DIO|>"}, row, row | {"response": THINK_END}]
+    source = Manifest(write_lines(tmp_path / "rows.jsonl", rows))
+
+    skipped = {i for i, _ in source.skipped}
+    rates = {expert.sample_rate for expert in EXPERTS.values()}
+    for i in set(range(len(rows))) - skipped:
+        _, errors = data.collate_step([Rows(source)[i]], tiny.spec, rates)
+        skipped |= {i for _ in errors}
+    found = {i: str(error) for i, error in data.would_skip(source, quick=False)}
+    of_another_backbone = {i for i, text in found.items() if text.startswith("with audio-flamingo")}
+    assert {i for i in found if "<sound>" in found[i]} == of_another_backbone == {15}
+    assert found.keys() - of_another_backbone == skipped == set(range(19)) - {0, 5, 11, 15, 17}
+    assert all("\n" not in text for text in found.values())
+    assert all(f"with {', '.join(BACKBONES)}: the" in found[i] for i in (14, 18))
+    assert "with qwen2-audio, qwen2.5-omni, tiny: the" in found[16]
+    quick = {i for i, _ in data.would_skip(source, quick=True)}
+    assert found.keys() - quick == {1, 2, 7}    # what only decoding tells
+
+
+def test_digest_of_rows_holds_the_sizes_of_their_files_and_no_times(tmp_path):
+    path = manifest(tmp_path, [1.0, 1.0])
+    before = data.fingerprint(Manifest(path))
+    os.utime(tmp_path / "0.wav", (0, 0))
+    assert data.fingerprint(Manifest(path)) == before
+    wav(tmp_path, "0.wav", noise(1.0).numpy(), subtype="PCM_24")    # as long
+    assert data.fingerprint(Manifest(path)) != before
+
+
 # --------------------------------------------------------------------------------------------------
 # data.py: converters
 
@@ -1653,7 +1694,7 @@ def test_pitch_class_is_the_one_with_most_notes(tmp_path, capsys):
     names = ["a.wav", "fis.wav", "low_c.wav", "silent.wav", "broken.wav"]
     write(folder / "t.csv", "file,a\n" + "".join(f"{name},x\n" for name in names))
     rows, counts = convert(capsys, "csv", folder / "t.csv", audio="file", response="a",
-                           pitch_class=True)
+                           task="asr", pitch_class=True)
     assert [row["pitch_class"] for row in rows] == ["A", "F#", "C", None]
     assert counts == ("csv: 4 rows, 1 left out, 1 with a clip that cannot be used; "
                       "1 without a note")
@@ -1664,23 +1705,54 @@ def conversation(*texts, roles=("user", "assistant"), **more):
     return {"messages": turns} | more
 
 
-def test_conversations_of_one_turn_and_clip_become_rows(tmp_path, capsys):
-    items = [
-        conversation("<audio>What is heard?", "Rain.", audios=["1.wav"]),
-        conversation("Say yes.", "Yes."), conversation("Why? <audio>", "x", audio="1.wav"),
-        conversation("<audio><audio>Which?", "x", audios=["1.wav", "1.wav"]),
-        conversation("Be kind.", "Why?", roles=("system", "user")),
-        conversation([{"type": "text", "text": "Why?"}], "x"),
-        conversation("<audio>Why?", "x", audios=["2.wav"])]
+def sharegpt(*texts, **more):
+    turns = [{"from": who, "value": text} for who, text in zip(("human", "gpt"), texts)]
+    return {"conversations": turns} | more
+
+
+AUDIO_PART = {"type": "audio", "path": "1.wav"}
+TEXT_PART = {"type": "text", "text": "Why?"}
+
+
+@pytest.mark.parametrize("item", [    # each asks Why? of 1.wav, and the answer is x
+    conversation("<audio>Why?", "x", audios=["1.wav"]), conversation("Why? <audio>", "x",
+                                                                     audio="1.wav"),
+    conversation([AUDIO_PART, TEXT_PART], "x"),
+    conversation([TEXT_PART, {"type": "audio", "audio_url": "1.wav"}], [TEXT_PART | {"text": "x"}]),
+    conversation([{"type": "audio"}, TEXT_PART], "x", audios=["1.wav"]),
+    sharegpt("<audio>Why?", "x", audios=["1.wav"]),
+    {"query": "<audio>Why?", "response": "x", "audios": ["1.wav"], "history": []},
+    {"instruction": "<audio>", "input": "Why?", "output": "x", "audios": ["1.wav"]},
+    {"instruction": "Why?", "input": "", "output": "x", "audios": ["1.wav"]}])
+def test_conversations_of_other_projects_become_rows(tmp_path, capsys, item):
+    items = [item, conversation("Say yes.", "Yes.")]
     lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
     rows, counts = convert(capsys, "messages", tmp_path / "t/t.jsonl")
-    audio = str(tmp_path / "t/1.wav")
     assert rows == [
-        {"audio": audio, "prompt": "What is heard?", "response": "Rain.", "task": "qa"},
-        {"audio": None, "prompt": "Say yes.", "response": "Yes.", "task": "qa"},
-        {"audio": audio, "prompt": "Why?", "response": "x", "task": "qa"}]
-    assert counts == ("messages: 3 rows, 4 left out, 2 not of one question and one answer, "
-                      "1 with several clips, 1 no audio file")
+        {"audio": str(tmp_path / "t/1.wav"), "prompt": "Why?", "response": "x", "task": "qa"},
+        {"audio": None, "prompt": "Say yes.", "response": "Yes.", "task": "qa"}]
+    assert counts == "messages: 2 rows, 0 left out"
+
+
+@pytest.mark.parametrize("item, reason", [
+    (conversation("<audio>Why?", "x", audios=["1.wav", "1.wav"]), "with several clips"),
+    (conversation([AUDIO_PART, AUDIO_PART], "x"), "with several clips"),
+    (conversation("<audio>Why?", "x"), "with <audio> but no clip"),
+    (conversation("<audio>Why?", "x", audios=["2.wav"]), "no audio file"),
+    (conversation([{"type": "audio", "url": "https://x/1.wav"}], "x"), "no audio file"),
+    (conversation("Why?", "x", audio={"array": [0]}), "with audio that is no path"),
+    (conversation([{"type": "image", "path": "1.png"}], "x"),
+     "with parts that are neither text nor audio"),
+    *[(item, "not of one question and one answer") for item in (
+        conversation("Be kind.", "Why?", roles=("system", "user")), conversation(None, "x"),
+        conversation("Why?", "x") | {"system": "Be kind."}, {"messages": "Why?"},
+        {"messages": ["Why?"]}, sharegpt("Why?"), {"instruction": 1, "output": 2},
+        {"query": "Why?", "response": "x", "history": [["a", "b"]]})]])
+def test_conversations_that_are_no_row_are_left_out_and_counted(tmp_path, capsys, item, reason):
+    items = [item, conversation("Say yes.", "Yes.")]
+    lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
+    rows, counts = convert(capsys, "messages", tmp_path / "t/t.jsonl")
+    assert len(rows) == 1 and counts == f"messages: 1 rows, 1 left out, 1 {reason}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1788,6 +1860,46 @@ def test_table_without_prompts_gets_those_of_the_task(table, capsys):
 def test_table_without_audio_is_text(table, capsys):
     rows, _ = convert(capsys, "csv", table, prompt="q", response="a", task="text")
     assert rows[1] == {"audio": None, "prompt": "Who?", "response": "Me", "task": "text"}
+
+
+def test_columns_of_a_table_are_taken_by_their_literal_names(tmp_path, capsys):
+    lay_out(tmp_path / "t", {"1.wav": "", "2.wav": "", "t.csv": (
+        "wav,wav.path,a[0],{q},a,wave\n1.wav,2.wav,zero,Why?,abc,9\n")})
+    rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv", audio="wav.path", prompt="{q}",
+                           response="a[0]", keep=["a", "wave"])
+    assert rows == [{"audio": str(tmp_path / "t/2.wav"), "prompt": "Why?", "response": "zero",
+                     "task": "qa", "a": "abc", "wave_": "9"}]
+    assert counts == "csv: 1 rows, 0 left out"
+
+
+@pytest.mark.parametrize("flags", [{}, {"audio": "file"}, {"task": "asr"}, {"task": "text"},
+                                   {"audio": "file", "task": "mcq"}])
+def test_table_that_would_give_no_prompt_is_refused(tmp_path, capsys, flags):
+    lay_out(tmp_path / "t", {"1.wav": "", "t.csv": "file,a\n1.wav,x\n"})
+    with pytest.raises(InputError, match="give --prompt, the column with the questions; or"):
+        convert(capsys, "csv", tmp_path / "t/t.csv", response="a", **flags)
+
+
+def test_rows_that_are_no_texts_are_left_out_and_counted(tmp_path, capsys):
+    lay_out(tmp_path / "t", {"t.csv": 'q,a\nWhy?,Hello, world\nWhy?,"Hello, world"\n'})
+    rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv", prompt="q", response="a")
+    assert [row["response"] for row in rows] == ["Hello, world"]
+    assert counts == ("csv: 1 rows, 1 left out, 1 with more cells than columns (quote text with "
+                      "commas)")
+    items = [{"q": "?", "a": a} for a in (["x"], {"b": "c"}, 3, "\ud800", "long " * 30000)]
+    write_lines(tmp_path / "t/t.jsonl", items)
+    rows, counts = convert(capsys, "json", tmp_path / "t/t.jsonl", prompt="q", response="a")
+    assert [row["response"] for row in rows] == ["3"]
+    assert "2 with a list or an object where a text belongs" in counts
+    assert "1 that training would refuse: half a character" in counts
+    assert "1 that training would refuse: more than 100000 bytes" in counts
+
+
+@pytest.mark.parametrize("name", ["csv", "json", "messages"])
+@pytest.mark.parametrize("path", [".", "/dev/full", "none.csv"])
+def test_table_that_is_no_file_is_refused(capsys, name, path):
+    with pytest.raises(InputError, match=f"no file '{re.escape(path)}'"):
+        convert(capsys, name, Path(path), prompt="q")
 
 
 def test_wordings_vary_and_do_not_depend_on_the_folder(tmp_path, capsys):
@@ -2740,6 +2852,97 @@ def test_reserved_tokens_and_odd_rates_leave_a_row_out_of_its_batch(coat):
         assert "row 7" in reserved and "44099" in odd
 
 
+def cut_in_half(path):
+    os.truncate(path, os.path.getsize(path) // 2)
+    return path
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("a.wav", {}), ("a.wav", {"subtype": "FLOAT"}), ("a.wav", {"subtype": "IMA_ADPCM"}),
+    ("a.ogg", {})])
+def test_file_that_is_cut_off_is_named_by_its_header(tmp_path, name, flags):
+    path = wav(tmp_path, name, noise(20.0).numpy(), **flags)
+    read_audio(path)
+    read_audio(cut_in_half(path), 1, 2)    # that lies before the cut
+    for start, end in ((None, None), (1, 19), (15, 16)):
+        with pytest.raises(InputError, match=f"{name}' is cut off"):
+            data.open_audio(path, start, end)
+
+
+def test_wav_of_a_stream_states_no_length_and_is_no_cut_file(tmp_path):
+    path = Path(wav(tmp_path, "a.wav", noise(1.0).numpy()))
+    whole = path.read_bytes()
+    for length in (b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"):    # as ffmpeg and sox write it
+        path.write_bytes(whole[:40] + length + whole[44:])
+        assert len(read_audio(str(path))[0]) == 16000
+
+
+def test_file_without_a_header_is_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"\Acannot decode .*x.raw' \(it has no header\); "):
+        read_audio(write(tmp_path / "x.raw", b"\0" * 32000))
+
+
+ROW = {"audio": "a.wav", "prompt": "a", "response": "b"}
+ENDLESS = "1" + "0" * 400
+
+
+@pytest.mark.parametrize("line, words", [
+    *[(json.dumps(ROW | more), words) for more, words in [
+        ({"seconds": 1e308}, '"seconds" is no number of seconds up to 1000000'),
+        ({"start": 1e30}, '"start" is no number'), ({"end": math.nan}, '"end" is no number'),
+        ({"end": math.inf}, '"end" is no number'), ({"start": True}, '"start" is no number'),
+        ({"seconds": False}, '"seconds" is no number'), ({"seconds": [1]}, '"seconds" is no'),
+        ({"seconds": 0}, '"seconds" is not above 0'),
+        ({"audio": "\ud800.wav"}, "half a character"), ({"prompt": "\udc00"}, "half a character"),
+        ({"choices": ["a", "\ud800"]}, "half a character"), ({"question": "\ud800"}, "half a"),
+        ({"more": {"a": [{"\udfff": 1}]}}, "half a character"), ({"\ud800": 1}, "half a character"),
+        ({"wave": [0.1]}, '"wave" is a name that loading a row uses'),
+        ({"rate": 8000}, '"rate" is a name'), ({"row": 1}, '"row" is a name'),
+        ({"audio": ["a.wav"]}, '"audio" is no path'),
+        ({"prompt": ["a"]}, '"prompt" is missing or empty, or no text'),
+        ({"question": ["a"]}, '"question" is no text'),
+        ({"choices": "yes"}, '"choices" is no list'),
+        ({"choices": [1]}, '"choices" is no list'), ({"task": None}, '"task" is missing'),
+        ({"prompt": "a" * 10 ** 6}, "more than 100000 bytes; shorten its texts"),
+        ({"more": "b" * 10 ** 6}, "more than 100000 bytes")]],
+    (f'{{"prompt": "a", "response": "b", "end": {ENDLESS}}}', '"end" is no number'),
+    (f'{{"prompt": "a", "response": "b", "more": {ENDLESS * 20}}}', "thousands of digits"),
+    (f'{{"prompt": "a", "response": "b", "more": {"[" * 9000}{"]" * 9000}}}', "in hundreds of"),
+    ("[" * 9000, "brackets in hundreds of brackets"), ("[" * 10 ** 6, "more than 100000 bytes"),
+    (b'{"prompt": "\xed\xa0\x80", "response": "b"}', "not UTF-8"),
+    (json.dumps(ROW).encode("utf-16"), "not UTF-8; save the file as UTF-8")])
+def test_row_that_cannot_be_used_gives_one_line(tmp_path, line, words):
+    line = line if isinstance(line, bytes) else line.encode()
+    path = write(tmp_path / "rows.jsonl", json.dumps(ROW).encode() + b"\n\n" + line)
+    with pytest.raises(InputError) as error:
+        Manifest(path)
+    text = str(error.value)
+    assert text.startswith(f"{path}, line 3: {words}") or words in text
+    assert "\n" not in text and len(text) < 500 and text.isprintable()
+
+
+@pytest.mark.parametrize("old, new, words", [
+    (MIXTURE, MIXTURE.encode("utf-16"), "codec can't decode"),
+    (MIXTURE, b'{"groups": {"\xff": 1}}', "codec can't decode"),
+    (MIXTURE, "[" * 9000, "recursion"), (MIXTURE, '[{"messages": []}]', "convert messages"),
+    (MIXTURE, '{"groups": [1]}', "there is no group"),
+    (MIXTURE, '{"groups": {"asr": []}}', "asr needs"),
+    ('"share": 3', '"share": [3]', "share of asr"),
+    ('"share": 3', '"share": 1e308', "share of asr"),
+    ('"share": 3', '"share": true', "share of asr"), ('"share": 3', '"share": NaN', "share of asr"),
+    ('"share": 3', f'"share": {ENDLESS}', "share of asr is not a number from 1e-9 to 1e9"),
+    ('"share": 3', f'"share": {ENDLESS * 20}', "digits"),
+    ('"max_epochs": 4', f'"max_epochs": {ENDLESS}', "max_epochs of a.jsonl"),
+    ('"rows": 600', f'"rows": {ENDLESS}', '"rows" is not a whole number from 1 to 1e9'),
+    ('"c.jsonl"', '["c.jsonl"]', "a source of caption"), ('"c.jsonl"', '"."', "no manifest"),
+    ('"c.jsonl"', '"/dev/full"', "no manifest")])
+def test_mixture_that_cannot_be_used_gives_one_line(mixture, tmp_path, old, new, words):
+    text = new if isinstance(new, bytes) else MIXTURE.replace(old, new, 1)
+    with pytest.raises(InputError, match=words) as error:
+        Mixture(write(tmp_path / "bad.json", text))
+    assert "\n" not in str(error.value)
+
+
 # --------------------------------------------------------------------------------------------------
 # infer.py: the judge's endpoint
 
@@ -2915,7 +3118,7 @@ def test_unexpected_content_is_one_line_too(tmp_path, capsys, name, files, words
 
 
 def test_column_that_a_table_has_not_is_named(table, capsys):
-    with pytest.raises(InputError, match="'wrong'.*ROOT/my.tsv with {wrong}"):
+    with pytest.raises(InputError, match="'wrong'.*a table with the columns wrong, q"):
         convert(capsys, "csv", table, response="wrong", prompt="q")
 
 
@@ -3297,13 +3500,11 @@ def test_error_ends_a_program_in_one_line_without_traceback(bad_clips):
     assert line.startswith("error: cannot decode") and "text.wav" in line
 
 
-def test_out_of_memory_is_one_line_with_the_flags_that_need_less(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    run("train.py", "--data", "nowhere.jsonl", fails=True)    # it sets the hook
+def test_out_of_memory_is_one_line_with_the_flags_that_need_less(monkeypatch):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 1 GiB.")
-    sys.excepthook(type(error), error, None)
-    words = "error: CUDA out of memory; .*--micro-tokens 2048, --checkpointing.*\n"
-    assert re.fullmatch(words, capsys.readouterr().err)
+    monkeypatch.setattr(data, "open_source", unittest.mock.Mock(side_effect=error))
+    line = run("train.py", *QUICK, fails=True)
+    assert re.fullmatch("error: no memory left .CUDA out of memory.*--micro-tokens 2048.*", line)
 
 
 def test_step_that_will_not_fit_in_memory_ends_a_run_before_its_first(tmp_path, monkeypatch):
@@ -3573,8 +3774,7 @@ def test_resume_without_the_memory_calls_no_checkpoint_damaged(short_run, monkey
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(torch, "load", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        run("train.py", "--resume", "run")
+    assert "error: no memory left" in run("train.py", "--resume", "run", fails=True)
 
 
 def test_resume_refuses_a_torn_checkpoint(short_run):
