@@ -186,7 +186,8 @@ def batches(coat, source, order, args, think, text_think=False):
     "left_out" in a batch: {row number: InputError} of those that cannot be used."""
     ready = functools.partial(prepare, spec=coat.spec, think=think, text_think=text_think)
     loader = torch.utils.data.DataLoader(
-        Rows(source), batch_sampler=order, num_workers=args.workers, collate_fn=ready)
+        Rows(source), batch_sampler=order, collate_fn=ready,
+        num_workers=min(args.workers, len(order)))
     for numbers, batch in zip(order, loader):
         used = {row["row"] for row in batch["rows"]}
         left_out = [i for i in numbers if i not in used]
@@ -982,7 +983,7 @@ def read_verdict(text):
 
 
 def read_rating(text):
-    # One way to match: in `rating\W*?:\W*(\d+)` a reply of colons alone would take days.
+    # One way to match: in `rating\W*?:\W*(\d+)` a reply of colons would take hours.
     found = re.findall(r"rating(\W+)(\d+)(?![.,]?\d)", text, re.I)
     numbers = [number for marks, number in found if ":" in marks]
     if numbers and re.fullmatch("0*[0-5]", numbers[-1]):
