@@ -1039,12 +1039,11 @@ def show(args):
     wave, rate = read_clip(args.clip, args.start, args.end)
     sound_names = read_sound_names(args.sound_names) if args.sound_names else []
     checkpoint = latest_checkpoint(args.model)
-    device = device_of(args, checkpoint)
-    coat, experts, heads = load_heads(args, checkpoint, device)
+    coat, experts, heads = load_heads(args, checkpoint, device_of(args, checkpoint))
 
     row = {"wave": wave, "rate": rate, "prompt": args.question, "response": ""}
     rates = {expert.sample_rate for expert in experts.values()}
-    batch = to_device(collate([row], coat.spec, rates), device)
+    batch = to_device(collate([row], coat.spec, rates), coat.hf.device)
     if batch["skipped"]:
         raise batch["skipped"][0]
     fig = figure.Figure(figsize=(9, 2.4 * len(heads)), dpi=80, layout="constrained")
