@@ -1,7 +1,7 @@
 """Uses a trained model, or a backbone as it is.
 
-    python infer.py ask runs/tiny assets/clips/guitar_chord.flac --question "Which note?"
-    python infer.py ask runs/tiny assets/clips/*.flac --question "Which sound?" --json --no-think
+    python infer.py ask runs/tiny assets/clips/guitar_chord.flac "Which note?"
+    python infer.py ask runs/tiny assets/clips "Which sound?" --out answers.jsonl --no-think
     python infer.py score runs/tiny tones --out coat.jsonl     # tables 1, 4 and 5; again: goes on
     python infer.py score tiny tones --out base.jsonl          # their baseline
     python infer.py score tiny tones --text-think --out cot.jsonl            # tables 2 and F
@@ -15,13 +15,16 @@ it, for no other. Rows are a manifest, see data.py, or held-out synthetic tones:
 tones[:KINDS[:ROWS OF EACH]]. The times of table 2 are those of bench.py latency.
 """
 import argparse
+import contextlib
 import csv
 import functools
 import http.client
 import json
 import os
 import re
+import shlex
 import shutil
+import sys
 import time
 import urllib.request
 from collections import Counter
@@ -30,14 +33,21 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import numpy as np
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 
-from data import (Rows, at_rate, collate, fingerprint, open_source, read_audio, teacher_targets,
-                  to_device, usable_rows)
+from data import (Rows, at_rate, collate, fingerprint, open_source, parse_row, read_audio,
+                  teacher_targets, to_device, usable_rows)
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads
 from model import (BACKBONES, COUNT, MAX_SECONDS, SAMPLE_RATE, WORKERS, InputError, TooLong,
                    build_inputs, checkpoint_steps, latest_checkpoint, load_coat, load_text_think,
-                   need, one_line_errors, pad_rows, publish, read_coat_json, real, usable_device)
+                   need, one_line_errors, pad_rows, publish, read_coat_json, read_json, real,
+                   usable_device)
+
+# Names of files that `ask` takes out of a folder, and of those that soundfile cannot read.
+AUDIO = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
+VIDEO = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
 
 # Tasks whose answers a judge rates (appendix B); no comparison of strings could.
 JUDGED = ("caption", "music", "spoken_instruction", "text")
@@ -101,6 +111,7 @@ DRAWN = {
     "pitch": "the contour, the strongest third of each semitone",
 }
 CONTOUR_ON = 0.3    # a pitch is there: the frame threshold of basic-pitch
+NEEDS_RUN = "show needs the folder of a run as train.py wrote it; copy it again"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,45 +180,224 @@ def prepare(rows, spec, think, text_think):
     return collate(rows, spec, think=think, responses=False)
 
 
-def batches(coat, source, rows, args, skipped, think, text_think=False):
-    """Batches of these rows without their responses, the longest first: what does not fit in memory
-    fails at once. A row that turns out to be unreadable is named and added to `skipped`."""
-    rows = sorted(rows, key=lambda i: -source.lengths[i])
-    order = [rows[i:i + args.batch] for i in range(0, len(rows), args.batch)]
+def batches(coat, source, order, args, think, text_think=False):
+    """Batches of rows without their responses; order: [[row number] of a batch].
+
+    "left_out" in a batch: {row number: InputError} of those that cannot be used."""
     ready = functools.partial(prepare, spec=coat.spec, think=think, text_think=text_think)
     loader = torch.utils.data.DataLoader(
-        Rows(source), batch_sampler=order, num_workers=args.workers, collate_fn=ready)
-    for batch in loader:
+        Rows(source), batch_sampler=order, collate_fn=ready,
+        num_workers=min(args.workers, len(order)))
+    for numbers, batch in zip(order, loader):
+        used = {row["row"] for row in batch["rows"]}
+        left_out = [i for i in numbers if i not in used]
+        batch["left_out"] = dict(zip(left_out, batch["skipped"], strict=True))
+        yield to_device(batch, coat.hf.device)
+
+
+def longest_first(coat, source, rows, args, skipped, think, text_think=False):
+    """Batches of these rows, the longest first: what does not fit in memory fails at once. A row
+    that turns out to be unreadable is named and added to `skipped`."""
+    rows = sorted(rows, key=lambda i: -source.lengths[i])
+    order = [rows[i:i + args.batch] for i in range(0, len(rows), args.batch)]
+    for batch in batches(coat, source, order, args, think, text_think):
         for reason in batch["skipped"]:
             print(f"skipped: {reason}")
         skipped += batch["skipped"]
         if batch["rows"]:
-            yield to_device(batch, coat.hf.device)
+            yield batch
 
 
 # --------------------------------------------------------------------------------------------------
 # ask
 
-def ask(args):
-    """One question about one or several clips; the answer is printed as it comes."""
-    check_text_think(args)
-    waves = [at_rate(*read_audio(path, args.start, args.end), SAMPLE_RATE) for path in args.clips]
-    device = device_of(args)
-    coat = load_model(args.model, device, args.model_path, args.text_think)
-    if args.compile:
-        coat.compile_decode()
-    question = args.question
-    if args.text_think is not None:
-        question += coat.backbone.text_think
-    think = places_block(args, coat.think)
+class Questions:
+    """What `ask` is asked, as a source of rows, see data.py: [row, or InputError of none]."""
 
-    for path, wave in zip(args.clips, waves):
-        batch = to_device(build_inputs(coat, [wave], [question], think=think), device)
-        if not args.json and len(args.clips) > 1:
-            print(f"{path}: ", end="")
-        told = tell(coat, batch, args.max_new_tokens, aloud=not args.json)
-        if args.json:
-            print(json.dumps({"audio": path, "question": question} | told))
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def load(self, i):
+        row = self.rows[i]
+        if isinstance(row, InputError):
+            raise row
+        if row["audio"] is None:
+            return dict(row)
+        wave, rate = read_clip(row["audio"], row.get("start"), row.get("end"))
+        return row | {"wave": wave, "rate": rate}
+
+
+def read_clip(path, start=None, end=None):
+    """read_audio, which first says what to do about a URL or a video. Raises InputError."""
+    if URL.search(path) and not os.path.exists(path):
+        raise InputError(f"'{path}': URLs are not read; download the file and give its path")
+    if path.lower().endswith(VIDEO):
+        raise InputError(f"'{path}': video is not supported; take its sound out with "
+                         f"ffmpeg -i {shlex.quote(path)} sound.wav")
+    return read_audio(path, start, end)
+
+
+def names_a_file(text):
+    """Whether the last word of `ask` is meant as a file, not as the question."""
+    is_known = text.lower().endswith((*AUDIO, *VIDEO, ".jsonl"))
+    return is_known or os.path.exists(text) or bool(URL.match(text))
+
+
+def audio_files(folder):
+    """The paths of the audio files in a folder, sorted. Raises InputError if there is none."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    audio = [name for name in names if name.lower().endswith(AUDIO)]
+    if not audio:
+        raise InputError(f"'{folder}' holds no {', '.join(AUDIO)}; give the folder of the clips")
+    if len(audio) < len(names):
+        print(f"'{folder}': {len(names) - len(audio)} of {len(names)} are no audio files, left out",
+              file=sys.stderr)
+    return [os.path.join(folder, name) for name in audio]
+
+
+def read_prompts(path):
+    """[row, or InputError of a line that is none] of a manifest, whose rows may lack a response."""
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = parse_prompt(line, f"{path}, line {number}")
+                    if row["audio"] is not None:
+                        row["audio"] = os.path.join(os.path.dirname(path), row["audio"])
+                except InputError as e:
+                    row = e
+                rows.append(row)
+    if not rows:
+        raise InputError(f"'{path}' holds no rows; write one JSON object a line")
+    return rows
+
+
+def parse_prompt(line, where):
+    """data.parse_row, with a response that nobody reads. Raises InputError."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None    # parse_row says why
+    if isinstance(row, dict):
+        line = json.dumps(row | {"response": "none"})
+    return parse_row(line, where)
+
+
+def questions(args):
+    """[row, or InputError of none] that `ask` is to answer. Raises InputError."""
+    clips = list(args.clips)
+    asked = args.question or []
+    if not asked and len(clips) > 1 and not names_a_file(clips[-1]):
+        asked = [clips.pop()]
+    if len(asked) > 1:
+        raise InputError("one question at a time: several turns are not supported")
+    manifests = [path for path in clips if path.endswith(".jsonl")]
+    if not asked and len(manifests) < len(clips):
+        raise InputError("no question; write it last: infer.py ask MODEL CLIP \"Which sound?\"")
+    if len(manifests) == len(clips) and (asked or args.start is not None or args.end is not None):
+        raise InputError("each row of a manifest has its own \"prompt\", \"start\" and \"end\"; "
+                         "leave the question, --start and --end out")
+
+    rows = []
+    for path in clips:
+        if path in manifests:
+            rows += read_prompts(path)
+            continue
+        for clip in audio_files(path) if os.path.isdir(path) else [path]:
+            rows.append({"audio": clip, "prompt": asked[0], "response": "", "start": args.start,
+                         "end": args.end})
+    return rows
+
+
+def ask(args):
+    """Questions, without answers to compare with: one answer a clip.
+
+    CLIPS are audio files, folders of them, or manifests: a line is {"audio": .., "prompt": ..}. The
+    answer to one clip is printed as it comes. Those to several come in batches, in the order of
+    the rows; one that cannot be read is named and counted, and the others are answered.
+    Not supported: several clips in one question, several turns, video, URLs."""
+    check_text_think(args)
+    source = Questions(questions(args))
+    is_alone = len(source) == 1 and not args.out
+    if is_alone:
+        row = source.load(0)    # before the model, which takes its time
+    with new_file(args.out) as file:
+        coat = load_model(args.model, device_of(args), args.model_path, args.text_think)
+        if args.compile:
+            coat.compile_decode()
+        if is_alone:
+            ask_one(coat, row, args)
+        else:
+            ask_all(coat, source, args, file)
+
+
+@contextlib.contextmanager
+def new_file(path):
+    """Opens a file that is not there yet; None without a path. Raises InputError."""
+    if not path:
+        yield None
+        return
+    # A file name that is not UTF-8 is written as JSON writes half a character.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file, hold_file(path):
+        if os.path.getsize(path):
+            raise InputError(f"'{path}' is there already; give another --out, or delete it")
+        yield file
+
+
+def ask_one(coat, row, args):
+    think = places_block(args, coat.think)
+    batch = prepare([row], coat.spec, think, args.text_think is not None)
+    if batch["skipped"]:
+        raise batch["skipped"][0]
+    told = tell(coat, to_device(batch, coat.hf.device), args.max_new_tokens, aloud=not args.json)
+    if args.json:
+        print(json.dumps({"row": 0, "audio": row["audio"], "question": row["prompt"]} | told))
+
+
+def ask_all(coat, source, args, file):
+    """Answers all rows, in their order. Raises InputError if none of them can be used."""
+    rows = list(range(len(source)))
+    order = [rows[i:i + args.batch] for i in range(0, len(rows), args.batch)]
+    think = places_block(args, coat.think)
+    left_out = {}
+    for batch in batches(coat, source, order, args, think, args.text_think is not None):
+        left_out |= batch["left_out"]
+        for line in answered(coat, batch, args.max_new_tokens):
+            give(line, args.json, file)
+    if len(left_out) == len(source):
+        raise InputError(f"none of the {len(source)} rows can be used; the first: {left_out[0]}")
+    if left_out or file:
+        print(f"{len(source) - len(left_out)} answered, {len(left_out)} skipped", file=sys.stderr)
+
+
+def answered(coat, batch, max_new_tokens):
+    """[what --json says of a row of the batch], in their order."""
+    lines = [{"row": i, "error": str(reason)} for i, reason in batch["left_out"].items()]
+    if batch["rows"]:
+        texts = coat.generate(batch, max_new_tokens)
+        n_audio = batch["n_audio"].tolist()
+        n_prompt = batch["attention_mask"].sum(1).tolist()
+        for i, row in enumerate(batch["rows"]):
+            lines.append({
+                "row": row["row"], "audio": row["audio"], "question": row["prompt"],
+                "answer": texts[i], "n_audio": n_audio[i], "prompt_tokens": n_prompt[i]})
+    return sorted(lines, key=lambda line: line["row"])
+
+
+def give(line, as_json, file=None):
+    """Writes a line of `answered`, or prints it."""
+    if file:
+        write(file, line)
+    if as_json:
+        print(json.dumps(line), flush=True)
+    elif "error" in line:
+        print(f"skipped: {line['error']}", flush=True)
+    elif not file:
+        print(f"{line['audio'] or 'text'}: {line['answer']}", flush=True)
 
 
 def tell(coat, batch, max_new_tokens, aloud):
@@ -463,15 +653,11 @@ def normaliser(path=None):
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
     if not path:
         return EnglishTextNormalizer({})
-    with open(path, encoding="utf-8") as file:
-        try:
-            words = dict(json.load(file))
-            if not all(isinstance(word, str) for word in words.values()):
-                raise ValueError(path)
-            return EnglishTextNormalizer(words)
-        except (ValueError, TypeError) as e:
-            raise InputError(
-                f"'{path}' is no map of words; give normalizer.json of a Whisper model") from e
+    remedy = "give normalizer.json of a Whisper model"
+    words = read_json(path, remedy)
+    if not all(isinstance(word, str) for word in words.values()):
+        raise InputError(f"'{path}' is no map of words; {remedy}")
+    return EnglishTextNormalizer(words)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -494,25 +680,88 @@ def run_of(args, source):
         "max_new_tokens": args.max_new_tokens}
 
 
-def earlier(path, run):
+def default_out(args, source):
+    """Where predictions go without --out: beside the run, or for a backbone into this folder."""
+    folder = ""
+    names = ["predictions", args.model]
+    if args.model not in BACKBONES:
+        folder, name = os.path.split(os.path.abspath(model_folder(args.model)))
+        names[1] = name
+        if not name.startswith("checkpoint-"):    # a merged folder
+            folder = os.path.join(folder, name)
+            names.pop()
+    if args.no_think:
+        names.append("no-think")
+    if args.text_think is not None:
+        names.append("text-think")
+    data = os.path.splitext(os.path.basename(args.data))[0] if source.files else args.data
+    names.append(re.sub(r"[^\w.]+", "-", data))
+    return os.path.join(folder, "-".join(names) + ".jsonl")
+
+
+def hold_file(path):
+    """A context that keeps other processes of ours from writing to a file, which is there. Raises
+    InputError if one does."""
+    path = os.path.realpath(path)
+    if not os.path.isfile(path):    # a pipe
+        return contextlib.nullcontext()
+    folder, name = os.path.split(path)
+    try:
+        # s; data processes of one that was killed end within 5
+        return FileLock(os.path.join(folder, f".{name}.lock")).acquire(timeout=10)
+    except Timeout as e:
+        raise InputError(f"'{path}' is being written by another process; wait for it, or give "
+                         "another --out") from e
+
+
+def parse_line(text):
+    """A line of a predictions file, or None if it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_prediction(line, n_rows):
+    """Whether this is a line as `answer` or `judge` writes it, about one of so many rows."""
+    if not isinstance(line, dict) or type(line.get("row")) is not int:
+        return False
+    if not 0 <= line["row"] < n_rows:
+        return False
+    if "answer" in line:
+        choices = line.get("choices") or []
+        texts = [line.get(key) for key in ("task", "prompt", "response", "answer")]
+        return isinstance(choices, list) and all(isinstance(x, str) for x in texts + choices)
+    tokens = line.get("tokens")
+    if not isinstance(tokens, list) or len(tokens) != 2:
+        return False
+    is_text = isinstance(line.get("judge"), str) and isinstance(line.get("reply"), str)
+    return is_text and all(isinstance(n, int) for n in tokens) and line.get("rating", 6) in (
+        None, 0, 1, 2, 3, 4, 5)
+
+
+def earlier(path, run, n_rows):
     """Lines that a stopped `score` left, less the first; what a kill left of a last one is cut off.
-    Raises InputError if they are of another run."""
-    if not os.path.exists(path) or not os.path.getsize(path):
+    Raises InputError if they are of another run or damaged."""
+    if not os.path.getsize(path):
         return []
     remedy = "give another --out, or delete it"
     with open(path, "rb+") as file:
         whole = file.read().rpartition(b"\n")[0]
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-            was = dict(lines[0]["run"])
-        except (ValueError, LookupError, TypeError) as e:
-            raise InputError(f"'{path}' is no file of predictions; {remedy}") from e
+        first, *lines = [parse_line(text) for text in whole.split(b"\n")]
+        was = first.get("run") if isinstance(first, dict) else None
+        if not isinstance(was, dict):
+            raise InputError(f"'{path}' is no file of predictions; {remedy}")
         for key in run:
             if was.get(key) != run[key]:
                 changed = f"{key} was {was.get(key)}, now {run[key]}"
                 raise InputError(f"'{path}' belongs to another run ({changed}); {remedy}")
+        for number, line in enumerate(lines, 2):
+            if not is_prediction(line, n_rows):
+                raise InputError(f"'{path}', line {number} is damaged: no answer to one of these "
+                                 "rows, nor a rating; delete that line, or give another --out")
         file.truncate(len(whole) + 1)
-    return lines[1:]
+    return lines
 
 
 def write(file, line):
@@ -536,12 +785,14 @@ def score(args):
     source = open_source(args.data)
     normalise = normaliser(args.normaliser)
     run = run_of(args, source)
-    lines = earlier(args.out, run)
-    answers = {line["row"]: line for line in lines if "answer" in line}
-    ratings = {line["row"]: line for line in lines if line.get("judge") == args.judge_model}
+    out = args.out or default_out(args, source)
+    print(f"predictions: {out}")
 
-    with open(args.out, "a", encoding="utf-8") as file:
-        if not os.path.getsize(args.out):
+    with open(out, "a", encoding="utf-8") as file, hold_file(out):
+        lines = earlier(out, run, len(source))
+        answers = {line["row"]: line for line in lines if "answer" in line}
+        ratings = {line["row"]: line for line in lines if line.get("judge") == args.judge_model}
+        if not os.path.getsize(out):
             write(file, {"run": run})
         skipped = answer(args, source, run, device, answers, file)
         failed = judge(args, answers, ratings, file)
@@ -565,7 +816,7 @@ def answer(args, source, run, device, answers, file):
         if args.compile:
             coat.compile_decode()
         in_text = args.text_think is not None
-        for batch in batches(coat, source, left, args, skipped, run["think"], in_text):
+        for batch in longest_first(coat, source, left, args, skipped, run["think"], in_text):
             texts = coat.generate(batch, args.max_new_tokens)
             for row, text in zip(batch["rows"], texts):
                 keys = ("row", "audio", "task", "prompt", "question", "choices", "response")
@@ -732,9 +983,11 @@ def read_verdict(text):
 
 
 def read_rating(text):
-    found = re.findall(r"rating\W*?:\W*(\d+)(?![.,]?\d)", text, re.I)
-    if found and int(found[-1]) <= 5:
-        return int(found[-1])
+    # One way to match: in `rating\W*?:\W*(\d+)` a reply of colons would take hours.
+    found = re.findall(r"rating(\W+)(\d+)(?![.,]?\d)", text, re.I)
+    numbers = [number for marks, number in found if ":" in marks]
+    if numbers and re.fullmatch("0*[0-5]", numbers[-1]):
+        return int(numbers[-1][-1])
     return None
 
 
@@ -783,15 +1036,14 @@ def show(args):
     the audio. recall: of the frames and bins where the teacher hears a pitch (contour above 0.3),
     the share where the head does."""
     figure = need("matplotlib.figure", "matplotlib")
-    wave, rate = read_audio(args.clip, args.start, args.end)
+    wave, rate = read_clip(args.clip, args.start, args.end)
     sound_names = read_sound_names(args.sound_names) if args.sound_names else []
     checkpoint = latest_checkpoint(args.model)
-    device = device_of(args, checkpoint)
-    coat, experts, heads = load_heads(args, checkpoint, device)
+    coat, experts, heads = load_heads(args, checkpoint, device_of(args, checkpoint))
 
     row = {"wave": wave, "rate": rate, "prompt": args.question, "response": ""}
     rates = {expert.sample_rate for expert in experts.values()}
-    batch = to_device(collate([row], coat.spec, rates), device)
+    batch = to_device(collate([row], coat.spec, rates), coat.hf.device)
     if batch["skipped"]:
         raise batch["skipped"][0]
     fig = figure.Figure(figsize=(9, 2.4 * len(heads)), dpi=80, layout="constrained")
@@ -820,6 +1072,7 @@ def show(args):
             left.set_title(title, fontsize=9, loc="left")    # its first line is as wide as both
             right.set_title(type(expert).__name__ if expert else "the audio tower", fontsize=9)
     fig.savefig(args.out, format="png")
+    print("unexplained: share of the best constant answer's loss; 0: the teacher, 1: ignores audio")
     print(json.dumps(told | {"picture": args.out}))
 
 
@@ -834,27 +1087,39 @@ def pitch_recall(z_hat, z, expert):
 
 def read_sound_names(path):
     """Names of the 527 events in AudioSet's table. Raises InputError if it is another table."""
-    with open(path, encoding="utf-8", newline="") as file:
-        names = [row.get("display_name") for row in csv.DictReader(file)]
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            names = [row.get("display_name") for row in csv.DictReader(file)]
+    except (UnicodeError, csv.Error):
+        names = []
     if len(names) != 527 or None in names:
         raise InputError(f"'{path}' has no 527 rows with a display_name; give AudioSet's own table")
     return names
 
 
+def head_flags(path):
+    """The flags in config.json of a run that its heads follow from. Raises InputError."""
+    flags = read_json(path, NEEDS_RUN, flags=dict)["flags"]
+    kinds = {"random_teachers": bool, "head": str, "head_width": (int, type(None)),
+             "focal_gamma": (int, float)}
+    kinds |= {f"teacher_{name}": (str, type(None)) for name in EXPERTS}
+    for name, kind in kinds.items():
+        if not isinstance(flags.get(name, ...), kind):
+            raise InputError(f"'{path}' lacks the flag \"{name}\", or it is of another kind; "
+                             f"{NEEDS_RUN}")
+    return flags
+
+
 def load_heads(args, checkpoint, device):
     """(CoAT, {task: teacher}, ExpertHeads) of a run as it was trained. Raises InputError."""
-    config = os.path.join(checkpoint, "..", "config.json")
+    flags = head_flags(os.path.join(checkpoint, "..", "config.json"))
     saved = os.path.join(checkpoint, "heads.safetensors")
-    for path in (config, saved):
-        if not os.path.isfile(path):
-            raise InputError(f"no '{path}'; show needs the folder of a run as train.py wrote it")
+    if not os.path.isfile(saved):
+        raise InputError(f"no '{saved}'; {NEEDS_RUN}")
     try:
-        with open(config) as file:
-            flags = json.load(file)["flags"]
         weights = safetensors.torch.load_file(saved, device=str(device))
-    except (ValueError, LookupError, safetensors.SafetensorError) as e:
-        why = str(e).splitlines()[0]
-        raise InputError(f"'{checkpoint}' is damaged ({why}); copy it again") from e
+    except safetensors.SafetensorError as e:
+        raise InputError(f"'{saved}' is damaged ({e}); {NEEDS_RUN}") from e
 
     names = {key.split(".")[0] for key in weights}    # of "recon.out.weight"
     tasks = [task for task in ("recon", *EXPERTS) if task in names]
@@ -871,9 +1136,17 @@ def load_heads(args, checkpoint, device):
     hidden = coat.hf.config.get_text_config().hidden_size
     dims = {task: experts[task].dim if task in experts else hidden for task in tasks}
     readouts = {task: expert.readout for task, expert in experts.items()}
-    heads = ExpertHeads(hidden, dims, readouts, flags["head"], flags["head_width"],
-                        flags["focal_gamma"]).to(device)
-    heads.load_state_dict(weights)    # with the scales of the losses
+    try:
+        heads = ExpertHeads(hidden, dims, readouts, flags["head"], flags["head_width"],
+                            flags["focal_gamma"]).to(device)
+        heads.load_state_dict(weights)    # with the scales of the losses
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError("a weight is not finite")
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"'{saved}' is damaged, or not of its run ({reason}); {NEEDS_RUN}") from e
     return coat, experts, heads
 
 
@@ -980,7 +1253,7 @@ def probe_model(coat, source, usable, args):
     states = {}
     right = []
     tasks = set()
-    for batch in batches(coat, source, usable, args, [], coat.think):
+    for batch in longest_first(coat, source, usable, args, [], coat.think):
         for row in batch["rows"]:
             labels.append(label_of(row, args.label))
             # What stays on one side of a split: a voice would give the label away.
@@ -1096,21 +1369,28 @@ def merge(args):
     In bf16 on a GPU and fp32 on a CPU, as `ask` computes there."""
     out = os.path.abspath(args.out)
     part = out + ".tmp"
-    for path in (out, part):
-        if os.path.exists(path):
-            raise InputError(
-                f"'{path}' is there already; delete it, or give the name of a new folder")
-    coat = load_model(args.model, device_of(args), args.model_path)
     try:
+        os.makedirs(part)    # before all else: of two at once, one gets it
+    except FileExistsError as e:
+        raise InputError(f"'{part}' is there: another merge is writing it, or one was killed; wait "
+                         "for it, or delete it if none runs") from e
+    try:
+        if os.path.exists(out):
+            raise InputError(
+                f"'{out}' is there already; delete it, or give the name of a new folder")
+        coat = load_model(args.model, device_of(args), args.model_path)
         coat.save(part)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as e:
-        shutil.rmtree(part, ignore_errors=True)
-        raise InputError(f"cannot write '{out}': {str(e).splitlines()[0]}; make room") from e
-    publish(part, out)
+        publish(part, out)
+    except BaseException as e:    # Ctrl-C too
+        shutil.rmtree(part)
+        if isinstance(e, safetensors.SafetensorError):
+            raise InputError(f"cannot write '{out}' ({e}); make room on its disk") from e
+        raise
     size = sum(os.path.getsize(os.path.join(out, name)) for name in os.listdir(out))
-    print(f"{out}: {size / 2 ** 30:.2f} GiB, {coat.hf.dtype}. "
+    unit, name = (2 ** 30, "GiB") if size >= 2 ** 30 else (2 ** 20, "MiB")
+    print(f"{out}: {size / unit:.2f} {name}, {coat.hf.dtype}. "
           "README.md shows how to use it without this code; or:\n"
-          f"  python infer.py ask {out} CLIP --question \"...\"")
+          f"  python infer.py ask {out} CLIP \"question\"")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1160,12 +1440,17 @@ def batch_flags(add):
 
 def ask_flags(add):
     model_flags(add)
+    add("clips", nargs="+", metavar="CLIP",
+        help="audio files: wav, flac, ogg or mp3; a folder of them; rows.jsonl. After them stands "
+        "the question, except for rows.jsonl, whose rows have their own")
+    add("--question", action="append", help="instead of the one after the clips")
     segment_flags(add)
     answer_flags(add)
-    add("clips", nargs="+", help="audio files: wav, flac, ogg or mp3")
-    add("--question", required=True)
-    add("--max-new-tokens", type=COUNT, default=128)
-    add("--json", action="store_true", help="one JSON object a clip, with token counts and times")
+    batch_flags(add)
+    add("--max-new-tokens", type=COUNT, default=128, help="(%(default)s)")
+    add("--json", action="store_true",
+        help="prints one JSON object a row, with token counts and, of a single one, times")
+    add("--out", metavar="FILE", help="writes these objects, a line a row, into a new file")
 
 
 def score_flags(add):
@@ -1173,7 +1458,8 @@ def score_flags(add):
     answer_flags(add)
     batch_flags(add)
     add("data", help="rows.jsonl, mixture.json or tones[:KINDS[:ROWS OF EACH]]")
-    add("--out", required=True, help="predictions, a JSON line a row as they come")
+    add("--out", help="predictions, a JSON line a row as they come (beside the run, or "
+        "predictions-BACKBONE-DATA.jsonl here)")
     add("--max-new-tokens", type=COUNT, default=256,
         help="(%(default)s) the paper's table D: ClothoAQA 8; VocalSound, GTZAN, MELD, IEMOCAP 20; "
         "MMAU, MMAR 128; SPGISpeech, Switchboard 512; Alpaca-Audio, WavCaps 1024; VoxPopuli 2048; "
@@ -1214,8 +1500,9 @@ def probe_flags(add):
         "\"speaker\", else \"recording\", else audio stay on one side of a split")
     add("--label", metavar="KEY", help="any key of the manifest's rows, instead of the response")
     add("--pre-gen", choices=["last-user", "last"], default="last-user",
-        help="the state before the answer, for models without a block: of the last token before "
-        "the assistant turn (%(default)s, the paper's) or of the prompt; with a block: its end")
+        help="where \"pre-gen\", the state before the answer, is taken in models without a block: "
+        "at the last token before the assistant turn (%(default)s, the paper's) or of the prompt; "
+        "with a block: at its end")
     add("--max-new-tokens", type=COUNT, default=20,
         help="of the model's own answers (%(default)s)")
     add("--plot", metavar="FILE", help="a picture")
