@@ -208,10 +208,14 @@ LOADED_KEYS = ("wave", "rate", "row")    # what loading adds
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
-def parse_row(line, where):
-    """A line of a manifest, bytes -> the row. Raises InputError that begins with `where`."""
+def parse_row(line, where, answered=True):
+    """A line of a manifest, bytes -> the row. Raises InputError that begins with `where`.
+
+    answered    False: it needs no response, and gets one that nobody reads"""
     try:
         row = {"audio": None, "seconds": None, "task": "qa"} | read_object(line)
+        if not answered:
+            row["response"] = "none"
         check_keys(row)
     except InputError as e:
         raise InputError(f"{where}: {e}") from e
@@ -257,7 +261,8 @@ def check_keys(row):
     require(isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices),
             '"choices" is no list of texts; write ["yes", "no"]')
     require(isinstance(row["audio"], (str, type(None))),
-            '"audio" is no path; give one, or null for a row of text')
+            '"audio" is no path; give one, or null for a row of text; several clips in a row are '
+            "not supported")
     for key in ("start", "end", "seconds"):
         require(row.get(key) is None or is_time(row[key]),
                 f'"{key}" is no number of seconds up to {MAX_TIME}; give one, or leave it out')

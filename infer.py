@@ -33,16 +33,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import numpy as np
 import safetensors.torch
 import torch
-from filelock import FileLock, Timeout
 
 from data import (Rows, at_rate, collate, fingerprint, open_source, parse_row, read_audio,
                   teacher_targets, to_device, usable_rows)
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads
 from model import (BACKBONES, COUNT, MAX_SECONDS, SAMPLE_RATE, WORKERS, InputError, TooLong,
-                   build_inputs, checkpoint_steps, latest_checkpoint, load_coat, load_text_think,
-                   need, one_line_errors, pad_rows, publish, read_coat_json, read_json, real,
-                   usable_device)
+                   build_inputs, checkpoint_steps, hold, latest_checkpoint, load_coat,
+                   load_text_think, need, one_line_errors, pad_rows, publish, read_coat_json,
+                   read_json, real, usable_device)
 
 # Names of files that `ask` takes out of a folder, and of those that soundfile cannot read.
 AUDIO = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
@@ -265,7 +264,7 @@ def read_prompts(path):
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    row = parse_prompt(line, f"{path}, line {number}")
+                    row = parse_row(line, f"{path}, line {number}", answered=False)
                     if row["audio"] is not None:
                         row["audio"] = os.path.join(os.path.dirname(path), row["audio"])
                 except InputError as e:
@@ -274,17 +273,6 @@ def read_prompts(path):
     if not rows:
         raise InputError(f"'{path}' holds no rows; write one JSON object a line")
     return rows
-
-
-def parse_prompt(line, where):
-    """data.parse_row, with a response that nobody reads. Raises InputError."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None    # parse_row says why
-    if isinstance(row, dict):
-        line = json.dumps(row | {"response": "none"})
-    return parse_row(line, where)
 
 
 def questions(args):
@@ -342,7 +330,7 @@ def new_file(path):
         yield None
         return
     # A file name that is not UTF-8 is written as JSON writes half a character.
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file, hold_file(path):
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file, hold(path):
         if os.path.getsize(path):
             raise InputError(f"'{path}' is there already; give another --out, or delete it")
         yield file
@@ -699,21 +687,6 @@ def default_out(args, source):
     return os.path.join(folder, "-".join(names) + ".jsonl")
 
 
-def hold_file(path):
-    """A context that keeps other processes of ours from writing to a file, which is there. Raises
-    InputError if one does."""
-    path = os.path.realpath(path)
-    if not os.path.isfile(path):    # a pipe
-        return contextlib.nullcontext()
-    folder, name = os.path.split(path)
-    try:
-        # s; data processes of one that was killed end within 5
-        return FileLock(os.path.join(folder, f".{name}.lock")).acquire(timeout=10)
-    except Timeout as e:
-        raise InputError(f"'{path}' is being written by another process; wait for it, or give "
-                         "another --out") from e
-
-
 def parse_line(text):
     """A line of a predictions file, or None if it is no JSON."""
     try:
@@ -788,7 +761,7 @@ def score(args):
     out = args.out or default_out(args, source)
     print(f"predictions: {out}")
 
-    with open(out, "a", encoding="utf-8") as file, hold_file(out):
+    with open(out, "a", encoding="utf-8") as file, hold(out):
         lines = earlier(out, run, len(source))
         answers = {line["row"]: line for line in lines if "answer" in line}
         ratings = {line["row"]: line for line in lines if line.get("judge") == args.judge_model}

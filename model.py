@@ -13,6 +13,8 @@ pad pad <system, user: .. AUDIO*L_a .. question> <assistant header> start THINK*
                           ^audio_mask                                     ^think_mask   ^labels
 """
 import argparse
+import atexit
+import contextlib
 import importlib
 import json
 import logging
@@ -239,8 +241,8 @@ def check_text(coat, text):
             raise InputError(f"the text contains the reserved token {token}; remove it")
 
 
-# What CoAT.save adds to the chat template of a model that thinks: the block for n_audio audio tokens
-# and, so that no server forgets it, an error without. No template is told how long a clip is.
+# What CoAT.save adds to the chat template of a model that thinks: the block for n_audio audio
+# tokens and, so that no server forgets it, an error without. No template knows how long a clip is.
 BLOCK_TEMPLATE = f"""{{% if add_generation_prompt %}}{{% if n_audio is defined %}}{{% if n_audio %}}\
 {THINK_START}{{{{ '{THINK}' * n_audio }}}}{THINK_END}{{% endif %}}{{% else %}}\
 {{% for m in messages if m.content is not string %}}\
@@ -274,12 +276,12 @@ def encode_row(coat, wave, prompt, response=None, think=True):
     n_audio = 0
     pieces = []
     if not isinstance(prompt, str):
-        raise InputError(f"a prompt is one text, not {type(prompt).__name__}; several turns are not "
-                         "supported")
+        raise InputError(f"a prompt is one text, not {type(prompt).__name__}; several turns are "
+                         "not supported")
     if wave is not None:
         if not torch.is_tensor(wave) or wave.ndim != 1 or not wave.is_floating_point():
-            raise InputError("a clip is one tensor (N,) of floats at 16 kHz, mono; several clips in "
-                             "a prompt are not supported")
+            raise InputError("a clip is one tensor (N,) of floats at 16 kHz, mono; several clips "
+                             "in a prompt are not supported")
         check_seconds(len(wave) / SAMPLE_RATE, "the clip")
         n_audio = n_audio_tokens(len(wave))
         cut = wave.split(round(window_seconds(coat) * SAMPLE_RATE))
@@ -643,9 +645,10 @@ class CoAT(nn.Module):
         card = os.path.join(ASSETS, "adapter_card.md" if is_adapter else "model_card.md")
         with open(card, encoding="utf-8") as file:
             text = string.Template(file.read())
-        stock = [kind for kind in type(self.hf).__mro__ if kind.__module__.startswith("transformers.")]
+        of_transformers = [kind.__name__ for kind in type(self.hf).__mro__
+                           if kind.__module__.startswith("transformers.")]
         write_file(os.path.join(folder, "README.md"), text.substitute(
-            name=self.name, licence=self.backbone.licence, model_class=stock[0].__name__,
+            name=self.name, licence=self.backbone.licence, model_class=of_transformers[0],
             origin=self.model_path or self.backbone.hub_id, window=f"{window_seconds(self):.0f}"))
 
     def save_merged(self, folder):
@@ -656,15 +659,27 @@ class CoAT(nn.Module):
             suppress_tokens=self.think_ids,
             eos_token_id=self.eos_ids)
         self.lm.save_pretrained(folder)
-        # The full processor of Qwen2.5-Omni, which ours is a part of, wants its image settings.
         if self.name == "qwen2.5-omni":
-            origin, = origins(self.name, self.model_path)
-            settings = transformers.utils.cached_file(
-                origin["pretrained_model_name_or_path"], "preprocessor_config.json",
-                revision=origin.get("revision"), _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False)
-            if settings:
-                shutil.copy(settings, folder)
+            self.complete_omni(folder)
+
+    def complete_omni(self, folder):
+        """What others need beside the thinker. vLLM knows the full model's class alone, and takes
+        the settings' word for it that embeddings are tied. The full processor, which ours is a part
+        of, wants its image settings."""
+        path = os.path.join(folder, "config.json")
+        thinker = read_json(path, "merge again")
+        thinker["text_config"]["tie_word_embeddings"] = False
+        write_file(path, json.dumps({
+            "architectures": ["Qwen2_5OmniForConditionalGeneration"],
+            "model_type": "qwen2_5_omni", "enable_audio_output": False,
+            "dtype": thinker["dtype"], "thinker_config": thinker}, indent=2))
+        origin, = origins(self.name, self.model_path)
+        settings = transformers.utils.cached_file(
+            origin["pretrained_model_name_or_path"], "preprocessor_config.json",
+            revision=origin.get("revision"), _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False)
+        if settings:
+            shutil.copy(settings, folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -956,6 +971,8 @@ def load_adapter(lm, folder, name, trainable=False):
         loaded = lm.load_adapter(folder, "default", is_trainable=trainable)
         if loaded.missing_keys:    # PeftModel.from_pretrained would only warn
             raise ValueError(f"it has no {loaded.missing_keys[0]}")
+        if loaded.unexpected_keys:
+            raise ValueError(f"its settings leave no place for {loaded.unexpected_keys[0]}")
         for key, p in lm.named_parameters():
             if "lora_" in key and not p.isfinite().all():
                 raise ValueError(f"its {key} holds NaN or infinite numbers")
@@ -1052,11 +1069,17 @@ def one_line_errors(*kinds, less_memory="a smaller batch"):
         else:
             return sys.__excepthook__(kind, error, trace)
         print(line, file=sys.stderr)
+
+    def say_last_words():
         try:
             sys.stdout.flush()
-        except OSError:    # a full disk; what could not be written would fail once more at exit
+        except OSError as e:    # a full disk, or | head; what is left would fail once more
+            hook(type(e), e, None)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os._exit(1)
+
     sys.excepthook = hook
+    atexit.register(say_last_words)
 
 
 def read_json(path, remedy, **kinds):
@@ -1100,16 +1123,21 @@ def write_file(path, text):
     os.replace(path + ".tmp", path)
 
 
-def hold(folder):
-    """Keeps other processes of ours out of a folder until this one ends. Raises InputError if one
-    is in it."""
-    lock = FileLock(os.path.join(folder, ".lock"))
+def hold(path):
+    """Keeps other processes of ours out of a folder or file, until what this returns is left, as a
+    context, or forgotten. Raises InputError if one is in it."""
+    folder, name = os.path.split(os.path.realpath(path))
+    lock = os.path.join(folder, f".{name}.lock")
+    if os.path.isdir(path):
+        lock = os.path.join(path, ".lock")
+    elif not os.path.isfile(path):    # a pipe
+        return contextlib.nullcontext()
     try:
-        lock.acquire(timeout=10)    # s; data processes of one that was killed end within 5
+        # s; the data processes of a killed one end within 5
+        return FileLock(lock).acquire(timeout=10)
     except Timeout as e:
-        raise InputError(f"'{folder}' is in use by another process, perhaps a rank that was left "
-                         "behind; stop it, or give another folder") from e
-    return lock    # let go when forgotten
+        raise InputError(f"'{path}' is in use by another process, perhaps a rank that was left "
+                         "behind; wait for it or stop it, or give another name") from e
 
 
 def in_range(kind, name, low, high):

@@ -1190,7 +1190,7 @@ def test_check_finds_what_training_skips(tiny, tmp_path):
     assert found.keys() - of_another_backbone == skipped == set(range(19)) - {0, 5, 11, 15, 17}
     assert all("\n" not in text for text in found.values())
     assert all(f"with {', '.join(BACKBONES)}: the" in found[i] for i in (14, 18))
-    assert "with qwen2-audio, qwen2.5-omni, tiny: the" in found[16]
+    assert "with qwen2-audio, qwen2.5-omni, small, tiny: the" in found[16]
     quick = {i for i, _ in data.would_skip(source, quick=True)}
     assert found.keys() - quick == {1, 2, 7}    # what only decoding tells
 
@@ -2070,6 +2070,83 @@ def test_merge_refuses_a_folder_that_is_there(trained, merged):
     assert "there already" in run("infer.py", "merge", trained.folder, merged, fails=True)
 
 
+def asked(*args, **kwargs):
+    flags = ["--workers", 0, "--max-new-tokens", 20]
+    return run("infer.py", "ask", *args, *flags, **kwargs)
+
+
+def test_question_needs_no_flag(trained):
+    ask = ["ask", trained.folder, trained.clip]
+    flagged = run("infer.py", *ask, "--question", "Which note?")
+    assert run("infer.py", *ask, "Which note?") == flagged
+
+
+def test_ask_on_a_manifest_says_what_score_says_whatever_the_batch(
+        trained, three_notes, answers, tmp_path):
+    rows = [{"audio": str(three_notes / f"{i % 3}.wav"), "prompt": "Which note?"} for i in range(5)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)    # without a response
+    said = [answers[trained.folder][i % 3] for i in range(5)]    # which are those of score
+    for batch in (1, 4):
+        out = tmp_path / f"{batch}.jsonl"
+        asked(trained.folder, path, "--out", out, "--batch", batch)
+        lines = read_lines(out)
+        assert [line["answer"] for line in lines] == said
+        assert [line["row"] for line in lines] == list(range(5))
+        assert [line["audio"] for line in lines] == [row["audio"] for row in rows]
+    assert "there already" in asked(trained.folder, path, "--out", out, fails=True)
+
+
+def test_folder_is_its_clips_in_order(trained, three_notes, answers):
+    printed = asked(trained.folder, three_notes, "Which note?")    # rows.jsonl is left out
+    said = [f"{three_notes / f'{i}.wav'}: {answers[trained.folder][i]}" for i in range(3)]
+    assert printed.splitlines() == said
+
+
+def test_row_that_cannot_be_read_is_named_and_the_others_are_answered(
+        trained, three_notes, answers, bad_clips, tmp_path):
+    row = {"audio": str(three_notes / "0.wav"), "prompt": "Which note?"}
+    path = write_lines(tmp_path / "rows.jsonl", [
+        row | {"audio": bad_clips["text.wav"]}, row, {"prompt": "no clip"}, row | {"prompt": 5},
+        row | {"audio": "film.mp4"}, row | {"audio": "https://host/a.wav"}, row])
+    with open(path, "a") as file:
+        file.write("no JSON\n")
+    lines = [json.loads(line) for line in asked(trained.folder, path, "--json").splitlines()]
+    assert [line["row"] for line in lines] == list(range(8))
+    assert [line.get("answer") for line in lines[1::5]] == [answers[trained.folder][0]] * 2
+    reasons = [lines[i]["error"] for i in (0, 3, 4, 5, 7)]
+    for reason, words in zip(reasons, ("text.wav", "line 4", "ffmpeg -i", "URLs", "line 8")):
+        assert words in reason
+    bad = write_lines(tmp_path / "bad.jsonl", [{"audio": "film.mp4", "prompt": "?"}] * 2)
+    assert "none of the 2 rows can be used" in asked(trained.folder, bad, fails=True)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("a.wav", "no question; write it last"), ("a.wav b.wav", "no question; write it last"),
+    ("a.wav --question A? --question B?", "several turns are not supported"),
+    ("film.MP4 What?", "ffmpeg -i film.MP4 sound.wav"),
+    ("https://host/a.wav What?", "URLs are not read"), ("nowhere.jsonl", "nowhere.jsonl"),
+    ("{rows} What?", "each row of a manifest has its own"),
+    ("{rows} --start 1", "each row of a manifest has its own"), ("{empty} What?", "holds no .aif"),
+    ("{rows} --out {rows}", "is there already"), ("{rows} --out /nowhere/x", "/nowhere/x")])
+def test_ask_says_what_it_does_not_take(three_notes, tmp_path, words, message):
+    words = words.format(rows=three_notes / "rows.jsonl", empty=tmp_path)
+    assert message in asked("tiny", *words.split(), fails=True)
+
+
+def test_show_takes_no_video(trained):
+    assert "ffmpeg" in run("infer.py", "show", trained.folder, "film.webm", fails=True)
+
+
+def test_one_of_two_merges_into_a_folder_is_refused_at_once(trained, tmp_path):
+    out = tmp_path / "model"
+    os.mkdir(f"{out}.tmp")    # as the other one has it
+    assert "another merge" in run("infer.py", "merge", trained.folder, out, fails=True)
+    os.rmdir(f"{out}.tmp")
+    with unittest.mock.patch.object(model.CoAT, "save", side_effect=OSError(28, "No space")):
+        assert "room on the disk" in run("infer.py", "merge", trained.folder, out, fails=True)
+    assert not os.listdir(tmp_path)
+
+
 # --------------------------------------------------------------------------------------------------
 # infer.py: score
 
@@ -2224,6 +2301,21 @@ def test_judge_is_sent_figure_a_as_the_paper_sends_it(judged):
     assert message["role"] == "user" and message["content"].startswith("[Question]\nSay ")
     assert "\n\n[Reference Answer]\nIt is " in message["content"]
     assert message["content"].endswith("\nRating: (int)")
+
+
+@pytest.mark.parametrize("flags, name", [
+    ([], "predictions-checkpoint-60-tones-note-1.jsonl"),
+    (["--no-think"], "predictions-checkpoint-60-no-think-tones-note-1.jsonl")])
+def test_predictions_go_beside_the_run_unless_told(trained, flags, name):
+    printed = run("infer.py", "score", trained.folder, "tones:note:1", *SCORE, *flags)
+    assert f"predictions: {trained.folder / name}\n" in printed
+    assert len(read_lines(trained.folder / name)) == 2
+
+
+def test_predictions_of_a_backbone_go_into_the_working_folder(three_notes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("infer.py", "score", "tiny", three_notes / "rows.jsonl", *SCORE)
+    assert len(read_lines("predictions-tiny-rows.jsonl")) == 4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3095,6 +3187,15 @@ def test_reply_of_a_judge_with_half_a_surrogate_pair_can_be_written(endpoint):
     infer.write(io.TextIOWrapper(io.BytesIO(), "utf-8"), endpoint.rate())
 
 
+@pytest.mark.parametrize("text", [
+    "rating" + ":" * 2 ** 20, "rating:" + "9" * 2 ** 20, "rating" + ": " * 2 ** 19 + "x"],
+    ids=range(3))
+def test_hostile_reply_of_a_judge_is_read_in_no_time(text):
+    begin = time.time()
+    assert infer.read_rating(text) is None
+    assert time.time() - begin < 3    # it was hours
+
+
 # --------------------------------------------------------------------------------------------------
 # What goes wrong: corpora
 
@@ -3647,6 +3748,92 @@ def test_score_leaves_a_file_that_is_none_of_its_own(scored, tmp_path):
     other = write(tmp_path / "other", "no JSON\n")
     assert "no file of predictions" in scored.again(other, fails=True)
     assert open(other).read() == "no JSON\n"
+
+
+ANSWERED = {"row": 0, "task": "note", "prompt": "?", "response": "C", "answer": "C"}
+RATED = {"row": 0, "judge": "m", "rating": 4, "reply": "Rating: 4", "tokens": [1, 2]}
+
+
+@pytest.mark.parametrize("line", [
+    5, None, [], "x", {}, math.nan, {"answer": "x"}, {"row": 0, "answer": "x"},
+    {"row": 0, "judge": "m"}, *[ANSWERED | change for change in (
+        {"row": "a"}, {"row": 12}, {"row": -1}, {"row": True}, {"row": [1]}, {"row": 1.5},
+        {"answer": 5}, {"task": 5}, {"response": None}, {"choices": 5}, {"choices": [5]})],
+    *[RATED | change for change in (
+        {"rating": "x"}, {"rating": 9}, {"tokens": 5}, {"tokens": [1]}, {"tokens": ["x", 1]},
+        {"reply": 5}, {"row": 12})]], ids=str)
+def test_damaged_line_of_predictions_is_named(scored, tmp_path, line):
+    text = scored.out.read_text() + json.dumps(line) + "\n"
+    path = write(tmp_path / "damaged", text)
+    assert "line 14 is damaged" in scored.again(path, fails=True)
+    assert open(path).read() == text
+    assert infer.is_prediction(ANSWERED, 12) and infer.is_prediction(RATED, 12)
+
+
+@pytest.mark.parametrize("text", [
+    b"\xff\xfe\0\n" * 9, b"5\n", b"notes", b'{"run": 5}\n', b'{"run": []}\n',
+    b"[" * 10 ** 5 + b"\n"], ids=range(6))
+def test_file_that_is_none_of_predictions_is_left_as_it_is(scored, tmp_path, text):
+    path = write(tmp_path / "other", text)
+    assert "no file of predictions" in scored.again(path, fails=True)
+    assert open(path, "rb").read() == text
+
+
+def test_two_scores_do_not_write_one_file(scored, monkeypatch):
+    acquire = model.FileLock.acquire
+
+    def at_once(lock, timeout):
+        return acquire(lock, timeout=0)
+
+    monkeypatch.setattr(model.FileLock, "acquire", at_once)
+    with model.hold(scored.out):
+        assert "in use by another process" in scored.again(scored.out, fails=True)
+    scored.again(scored.out)
+
+
+@pytest.fixture
+def run_copy(trained, tmp_path):
+    """A copy of a run that may be damaged."""
+    leave_out = shutil.ignore_patterns("state.pt", "predictions*")
+    return Path(shutil.copytree(trained.folder, tmp_path / "run", ignore=leave_out))
+
+
+@pytest.mark.parametrize("file", ["config.json", "checkpoint-60/heads.safetensors"])
+@pytest.mark.parametrize("content", [
+    b"", b"{}", b"[1]", b"5", b'{"flags": []}', b'{"flags": {}}', b"\xff\xfe\0" * 99,
+    b"[" * 10 ** 5], ids=range(8))
+def test_show_names_a_file_of_the_run_that_is_damaged(run_copy, trained, file, content):
+    write(run_copy / file, content)
+    error = run("infer.py", "show", run_copy, trained.clip, fails=True)
+    assert Path(file).name in error and "copy it again" in error
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("head", 5), ("head", "ears"), ("head_width", "x"), ("head_width", -3), ("head_width", 64),
+    ("focal_gamma", None), ("random_teachers", "x"), ("teacher_pitch", 5)])
+def test_show_names_a_config_that_its_heads_do_not_fit(run_copy, trained, flag, value):
+    with edited_json(run_copy / "config.json") as config:
+        config["flags"][flag] = value
+    assert "copy it again" in run("infer.py", "show", run_copy, trained.clip, fails=True)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda w: {key: x for key, x in w.items() if "scale" not in key}, "recon_scale"),
+    (lambda w: w | {"recon.out.weight": w["recon.out.weight"] * math.nan}, "not finite"),
+    (lambda w: w | {"recon.out.weight": w["recon.out.weight"][:3].clone()}, "size mismatch"),
+    (lambda w: w | {"ears.x": torch.zeros(2)}, "ears.x")], ids=range(4))
+def test_show_names_heads_that_are_damaged(run_copy, trained, damage, words):
+    path = run_copy / "checkpoint-60" / "heads.safetensors"
+    safetensors.torch.save_file(damage(safetensors.torch.load_file(path)), path)
+    error = run("infer.py", "show", run_copy, trained.clip, fails=True)
+    assert words in error and "heads.safetensors" in error
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"display_name\n" + b"x" * 2 ** 18, b"5"],
+                         ids=range(3))
+def test_table_of_other_events_is_refused(tmp_path, content):
+    with pytest.raises(InputError, match="AudioSet's own table"):
+        infer.read_sound_names(write(tmp_path / "names.csv", content))
 
 
 def test_judge_that_refuses_ends_the_scoring(judged):
