@@ -14,10 +14,10 @@ import argparse
 import contextlib
 import datetime
 import functools
+import io
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -42,9 +42,9 @@ from data import (TONES, Mixture, Rows, Tones, collate, collate_step, fingerprin
                   open_source, plan_stage, teacher_targets, to_device)
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads, terms
-from model import (BACKBONES, COUNT, IGNORE, WORKERS, CoAT, InputError, checkpoint_steps,
+from model import (BACKBONES, COUNT, IGNORE, WORKERS, CoAT, InputError, checkpoint_steps, hold,
                    latest_checkpoint, load_coat, mixed_precision, need, one_line_errors, publish,
-                   real, usable_device, whole)
+                   read_json, real, usable_device, whole, write_file)
 
 EVERY_EXPERT = ["recon", *EXPERTS]
 # Flags whose default is another one for a backbone. 8 B weights leave little memory. Random weights
@@ -66,6 +66,9 @@ STEPS = whole(1, 10 ** 9)
 LR = real(1e-30, 1e30)    # within fp32
 WEIGHT = real(1e-9, 10 ** 9)    # of an expert
 MAX_LOST = 5    # steps in a row that cannot be taken
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)    # after which a run saves and ends
+# What config.json holds, and of which kind.
+CONFIG = dict(flags=dict, data=str, world=int, commit=(str, type(None)), device=str, versions=dict)
 # Dense bf16 peaks by the vendor's datasheets, FLOP/s, for the log's MFU.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
@@ -73,12 +76,12 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 # --------------------------------------------------------------------------------------------------
 # Flags
 
-def build_parser():
+def build_parser(**kwargs):
     class Format(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Format,
-                                     usage="%(prog)s [flags], see --help")
+                                     usage="%(prog)s [flags], see --help", **kwargs)
     add = parser.add_argument
     add("--backbone", default="tiny", help=f"one of {', '.join(BACKBONES)}")
     add("--model-path", help="a local folder with the backbone, instead of the hub")
@@ -135,13 +138,45 @@ def add_upkeep(add):
     add("--tensorboard", action="store_true", help="also write the log for TensorBoard")
 
 
-def read_config(run, flag):
-    """config.json of a run folder. Raises InputError."""
+def read_config(run, flag, used=None):
+    """config.json of a run folder. Raises InputError, also where its flags are not what the parser
+    would read, were they given.
+
+    used    the flags that matter; None: all"""
     path = os.path.join(run, "config.json")
-    if not os.path.isfile(path):
-        raise InputError(f"no '{path}'; give {flag} the folder of a run")
-    with open(path) as file:
-        return json.load(file)
+    remedy = f"give {flag} the folder of a run, with the config.json that it began with"
+    config = read_json(path, remedy, **CONFIG)
+    parser = build_parser(exit_on_error=False)
+    defaults = vars(parser.parse_args([]))
+    try:
+        read = vars(parser.parse_args(as_given(config["flags"], defaults)))
+    except argparse.ArgumentError as e:
+        raise InputError(f"'{path}': {e}; {remedy}") from e
+
+    flags = {name: defaults[name] for name in FREE_FLAGS} | config["flags"]
+    missing = object()
+    odd = [f"--{name.replace('_', '-')}" for name in used or sorted(defaults | flags)
+           if flags.get(name, missing) != read.get(name)]
+    if odd:
+        raise InputError(f"'{path}': {', '.join(odd)} is missing, of another kind, or nothing this "
+                         "train.py knows; bring the file back, or go on with the code that wrote "
+                         f"it, commit {config['commit']}")
+    return config
+
+
+def as_given(flags, known):
+    """Flags of a config.json, of the names in `known` -> as they stand in a command line."""
+    argv = []
+    for name in known:
+        flag = "--" + name.replace("_", "-")
+        value = flags.get(name)
+        if isinstance(value, list):
+            argv += [f"{flag}={one}" for one in value]
+        elif value is True:
+            argv.append(flag)
+        elif value is not None and value is not False:
+            argv.append(f"{flag}={value}")
+    return argv
 
 
 def read_flags():
@@ -152,20 +187,21 @@ def read_flags():
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))    # torchrun --max-restarts
     if restarted and given.out and checkpoint_steps(given.out):
         given.resume = given.out
-    if given.backbone not in BACKBONES:
-        raise InputError(f"--backbone {given.backbone}: there are {', '.join(BACKBONES)}")
     if given.resume:
         saved = read_config(given.resume, "--resume")["flags"]
         fixed = set(saved) - FREE_FLAGS
     elif given.init_from:
         run = os.path.dirname(os.path.abspath(latest_checkpoint(given.init_from)))
-        flags = read_config(run, "--init-from")["flags"]
-        saved = {name: flags[name] for name in (*MODEL_FLAGS, "model_path")}
+        used = (*MODEL_FLAGS, "model_path")
+        flags = read_config(run, "--init-from", used)["flags"]
+        saved = {name: flags[name] for name in used}
         fixed = MODEL_FLAGS
     else:
         saved = {}
         fixed = ()
     backbone = saved.get("backbone", given.backbone)
+    if backbone not in BACKBONES:
+        raise InputError(f"--backbone {backbone}: there are {', '.join(BACKBONES)}")
     saved = DEFAULTS.get(backbone, {}) | saved
     parser.set_defaults(**saved | {"stage": None})    # a default list would be appended to
     args = parser.parse_args()
@@ -234,9 +270,37 @@ def prepare(args, world):
         raise InputError(f"--batch {args.batch} is not a multiple of {world} ranks")
     if not (args.focal_gamma == 0 or 1 <= args.focal_gamma < math.inf):
         raise InputError(f"--focal-gamma {args.focal_gamma}: give 0, or a number from 1")
-    if args.resume and not checkpoint_steps(args.out):
-        raise InputError(f"'{args.out}' holds no checkpoint yet; start anew with --out {args.out} "
-                         "and the flags in its config.json")
+
+
+@contextlib.contextmanager
+def folder_held(args, ranks):
+    """Makes the run folder, and in here keeps other runs out of it.
+
+    Raises InputError if one is in it, or if it is not what --out and --resume expect."""
+    lock = None
+    if ranks.rank == 0:
+        if not args.out:
+            names = (f"runs/{args.backbone}" + (f"-{i}" if i > 1 else "")
+                     for i in range(1, 10 ** 6))
+            args.out = next(name for name in names if not os.path.exists(name))
+        made = not os.path.isdir(args.out)
+        os.makedirs(args.out, exist_ok=True)
+        lock = hold(args.out)
+    try:
+        args.out = ranks.gather(args.out)[0]
+        begun = checkpoint_steps(args.out)
+        if args.resume and not begun:
+            raise InputError(f"'{args.out}' holds no checkpoint yet; start anew with --out "
+                             f"{args.out} and the flags in its config.json")
+        if begun and not args.resume:
+            raise InputError(f"'{args.out}' already holds checkpoints; give --resume {args.out} to "
+                             "go on, or another --out")
+        yield
+    finally:
+        if lock:
+            if made and os.listdir(args.out) == [".lock"]:    # nothing came of it
+                shutil.rmtree(args.out, ignore_errors=True)
+            lock.release()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,6 +321,7 @@ class Ranks:
                                  f"--nproc-per-node {n_gpus}")
             device = f"cuda:{local}"
         self.device = usable_device(device, backbone)
+        self.stop = []    # why the run is to end after this step: signals, and OSErrors of outputs
         if self.world > 1:    # rank 0 calibrates and saves while the others wait
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(hours=2))
@@ -265,19 +330,34 @@ class Ranks:
         """Sums over the ranks, as floats."""
         t = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         if self.world > 1:
-            dist.all_reduce(t)
+            self.exchange(dist.all_reduce, t)
         return t.tolist()
 
     def gather(self, value):
         """[value of each rank]"""
         values = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value)
+            self.exchange(dist.all_gather_object, values, value)
         return values
 
-    def say(self, text):
-        if self.rank == 0:
+    def exchange(self, collective, *args):
+        """Raises InputError if another rank has ended, which gloo tells by a RuntimeError."""
+        try:
+            collective(*args)
+        except RuntimeError as e:
+            raise InputError(f"another rank has ended and says why ({str(e).splitlines()[0]}); "
+                             "if it was killed, go on with --resume") from e
+
+    def say(self, text, each=False):
+        """Prints on rank 0, or on each. Where nobody reads on, the run is to save and end."""
+        if self.rank and not each:
+            return
+        try:
             tqdm.write(text)
+            sys.stdout.flush()
+        except OSError as e:
+            self.stop.append(e)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,10 +399,6 @@ class Run:
     skipped: int = 0        # rows that could not be used
     lost: int = 0           # steps that were not taken, and
     lost_in_a_row: int = 0
-
-    def __post_init__(self):
-        self.stop = []      # filled by SIGTERM
-        signal.signal(signal.SIGTERM, lambda *_: self.stop.append("SIGTERM"))
 
     @property
     def tasks(self):
@@ -410,9 +486,14 @@ def can_fork():
     return torch.multiprocessing.get_start_method() == "fork"
 
 
-def ignore_sigterm(worker):
-    """In a data process: a signal to all processes is for the rank, which saves."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@contextlib.contextmanager
+def signals_blocked():
+    """Processes that are started in here get no signal: one to all is for the rank, which saves."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def collate_fn(run):
@@ -423,16 +504,19 @@ def collate_fn(run):
 def step_batches(run, number, first, clock):
     """Yields (step of stage `number`, [this rank's micro-batches of it], [InputError of rows left
     out]), from step `first` on."""
-    loader = iter(torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         Rows(run.source), batch_sampler=run.plans[number][first:].tolist(),
         num_workers=run.args.workers if can_fork() else 0, collate_fn=collate_fn(run),
-        pin_memory=run.ranks.device.type == "cuda", worker_init_fn=ignore_sigterm))
+        pin_memory=run.ranks.device.type == "cuda",
+        generator=torch.Generator())    # else it draws from the one whose state is saved
+    with signals_blocked():
+        loader = iter(loader)
     for i in range(first, run.stages[number].steps):
         with clock("data"):
             batches, skipped = next(loader)
             batches = [to_device(batch, run.ranks.device) for batch in batches]
-        for reason in skipped:    # of every rank, hence not say()
-            tqdm.write(f"skipped: {reason}")
+        for reason in skipped:
+            run.ranks.say(f"skipped: {reason}", each=True)
         yield i, batches, skipped
 
 
@@ -502,20 +586,10 @@ def calibrate(run, tasks):
 
 
 def start(run):
-    """A new run: its folder, and heads from another run or from the best constant answer."""
-    args = run.args
-    if run.ranks.rank == 0 and not args.out:
-        names = (f"runs/{args.backbone}" + (f"-{i}" if i > 1 else "") for i in range(1, 10 ** 6))
-        args.out = next(name for name in names if not os.path.exists(name))
-    args.out = run.ranks.gather(args.out)[0]
-    if checkpoint_steps(args.out):
-        raise InputError(f"'{args.out}' already holds checkpoints; give --resume {args.out} to go "
-                         "on, or another --out")
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {args.out}: {e.strerror}; give a folder that can be made") from e
-    known = load_heads(run.heads, latest_checkpoint(args.init_from)) if args.init_from else []
+    """A new run: heads from another run or from the best constant answer."""
+    known = []
+    if run.args.init_from:
+        known = load_heads(run.heads, latest_checkpoint(run.args.init_from))
     calibrate(run, [task for task in run.tasks if task not in known])
 
 
@@ -539,10 +613,6 @@ def load_heads(heads, checkpoint):
 def resume(run, checkpoint, config):
     """Loads what `save` saved. Raises InputError if the run would go another way than it began."""
     began = read_config(run.args.resume, "--resume")
-    for file in ("state.pt", "heads.safetensors"):
-        if not os.path.isfile(os.path.join(checkpoint, file)):
-            raise InputError(f"'{checkpoint}' holds no {file}; delete it to go on after the "
-                             "checkpoint before it")
     if began["data"] != config["data"]:
         raise InputError(f"the rows of {run.args.data}, or the lengths of their audio, are not "
                          "those that the run began with; bring them back, or start a new run")
@@ -550,20 +620,35 @@ def resume(run, checkpoint, config):
         if began[what] != config[what]:
             run.ranks.say(f"!! not bit for bit: {what} was {began[what]} when the run began and is "
                           f"now {config[what]}")
+    path = os.path.join(checkpoint, "heads.safetensors")
     try:
-        state = torch.load(os.path.join(checkpoint, "state.pt"), map_location=run.ranks.device,
-                           weights_only=True)
-        safetensors.torch.load_model(run.heads, os.path.join(checkpoint, "heads.safetensors"))
-        run.optimizer.load_state_dict(state["optimizer"])
-    except torch.OutOfMemoryError:
+        safetensors.torch.load_model(run.heads, path)
+        path = os.path.join(checkpoint, "state.pt")
+        load_state(run, path)
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, LookupError, EOFError, pickle.UnpicklingError,
-            safetensors.SafetensorError) as e:
-        raise InputError(f"'{checkpoint}' is damaged ({str(e).splitlines()[0]}); delete it to go "
-                         "on after the one before") from e
-    run.step = state["step"]
-    run.skipped = state["skipped"]
-    run.lost = state["lost"]
+    except Exception as e:    # what torch makes of a strange file is of any kind
+        reason = " ".join(str(e).split()).split(". ")[0][:200]
+        raise InputError(f"'{path}' is missing, damaged or of another run ({type(e).__name__}: "
+                         f"{reason}); delete '{checkpoint}' to go on after the checkpoint before "
+                         "it, or start a new run") from e
+
+
+def load_state(run, path):
+    """The optimizer, and where the run stood. Raises an error of any kind if the file is damaged,
+    and ValueError if it is of another model or checkpoint."""
+    state = torch.load(path, map_location=run.ranks.device, weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError("it holds something else")
+    run.optimizer.load_state_dict(state["optimizer"])
+    for p, moments in run.optimizer.state.items():
+        if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape:
+            raise ValueError("its moments are of another size")
+    if os.path.basename(os.path.dirname(path)) != f"checkpoint-{state['step']}":
+        raise ValueError(f"it is of step {state['step']}")
+    run.step = int(state["step"])
+    run.skipped = int(state["skipped"])
+    run.lost = int(state["lost"])
     if len(state["rng"]) == run.ranks.world:
         set_rng(state["rng"][run.ranks.rank])
 
@@ -593,11 +678,14 @@ def save(run):
             run.coat.save(new)
             safetensors.torch.save_model(run.heads, os.path.join(new, "heads.safetensors"))
             torch.save(state, os.path.join(new, "state.pt"))
+            publish(new, final)
         except (OSError, RuntimeError, safetensors.SafetensorError) as e:    # e.g. a full disk
             shutil.rmtree(new, ignore_errors=True)
-            raise InputError(f"cannot write {final}: {str(e).splitlines()[0]}; make room and go on "
-                             f"with --resume {run.args.out}") from e
-        publish(new, final)
+            again = "start anew with --out"
+            if checkpoint_steps(run.args.out):
+                again = "go on with --resume"
+            raise InputError(f"cannot write {final}: {str(e).splitlines()[0]}; make room and "
+                             f"{again} {run.args.out}") from e
         for step in checkpoint_steps(run.args.out)[:-run.args.keep]:
             shutil.rmtree(os.path.join(run.args.out, f"checkpoint-{step}"))
     run.ranks.gather(None)    # torchrun ends all ranks when one does, so none goes before this
@@ -642,6 +730,21 @@ class Clock:
         self.parts[part] += time.time() - begin
 
 
+def read_log(path):
+    """{step: its line} of a log.jsonl. A line that is no such is left out: a kill may cut one."""
+    lines = {}
+    with open(path, "rb") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(line, dict) and "step" in line:
+                if all(isinstance(value, (int, float, type(None))) for value in line.values()):
+                    lines[line["step"]] = line
+    return lines
+
+
 class Log:
     """log.jsonl, its lines on the screen, and TensorBoard if asked for. Rank 0 writes."""
 
@@ -656,7 +759,6 @@ class Log:
         self.path = os.path.join(run.args.out, "log.jsonl")
         if self.writes:
             self.drop_later_steps()
-            self.file = open(self.path, "a")
         if self.writes and run.args.tensorboard:
             board = need("torch.utils.tensorboard", "tensorboard")
             self.board = board.SummaryWriter(run.args.out, purge_step=run.step + 1)
@@ -665,13 +767,13 @@ class Log:
 
     def drop_later_steps(self):
         """What was logged after the checkpoint is done again; a new run starts empty."""
-        lines = []
-        if self.run.step and os.path.exists(self.path):
-            with open(self.path) as file:
-                lines = [line for line in file if line.endswith("\n")]
-        with open(self.path + ".tmp", "w") as new:
-            new.writelines(line for line in lines if json.loads(line)["step"] <= self.run.step)
-        os.replace(new.name, self.path)
+        step = self.run.step
+        lines = read_log(self.path) if step and os.path.exists(self.path) else {}
+        kept = [lines[i] for i in range(1, step + 1) if i in lines]
+        if len(kept) < step:
+            self.run.ranks.say(f"!! log.jsonl lacks {step - len(kept)} of the {step} steps that "
+                               "the checkpoint has; the run goes on without these lines")
+        write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, number, lr, losses, norm, n, clock):
         """One step of stage `number`. losses: {"loss", "ce", terms}, None where there is none."""
@@ -689,22 +791,25 @@ class Log:
             line["mfu"] = flops / took / (self.peak * run.ranks.world)
         if run.ranks.device.type == "cuda":
             line["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        if self.writes:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-            self.show(line)
+        try:
+            if self.writes:
+                self.put(line)
+        except OSError as e:    # a full disk
+            run.ranks.stop.append(e)
+
+    def put(self, line):
+        run = self.run
+        with open(self.path, "a") as file:    # anew: what cannot be written does not stay behind
+            file.write(json.dumps(line) + "\n")
         if self.board:
             for key, value in line.items():
                 if value is not None and key != "step":
                     self.board.add_scalar(key, value, run.step)
-
-    def show(self, line):
-        run = self.run
         seconds_a_step = (time.time() - self.begin) / (run.step - self.begin_step)
         cells = [f"{key} {value:.3g}" for key, value in line.items()
                  if value is not None and key not in ("step", "skipped", "lost")]
         eta = f"eta {seconds_a_step * (run.total - run.step):.0f} s"
-        self.run.ranks.say(" ".join([f"step {run.step}/{run.total}", *cells, eta]))
+        run.ranks.say(" ".join([f"step {run.step}/{run.total}", *cells, eta]))
         self.bar.update()
 
     def close(self):
@@ -720,8 +825,9 @@ class Log:
             from matplotlib.figure import Figure
         except ImportError:
             return self.run.ranks.say("no losses.png without matplotlib; pip install matplotlib")
-        with open(self.path) as file:
-            lines = [json.loads(line) for line in file]
+        lines = read_log(self.path).values()
+        if not lines:
+            return
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots()
         names = dict.fromkeys(["ce", *(term for task in self.run.tasks for term in terms(task))])
@@ -820,7 +926,7 @@ class Counts(SimpleNamespace):
 
 def count_over_ranks(run, batches, skipped):
     """Counts of a step."""
-    here = Counter(stop=len(run.stop), skipped=len(skipped))
+    here = Counter(stop=len(run.ranks.stop), skipped=len(skipped))
     for batch in batches:
         if batch["rows"]:
             here["targets"] += (batch["labels"][:, 1:] != IGNORE).sum().item()
@@ -897,10 +1003,12 @@ def ask_heldout(run):
         results[kind] = found
         run.ranks.say(f"{TONES[kind][0]:28}{found['heard']:8.0%}{found['other_clip']:12.0%}"
                       f"{found['chance']:8.0%}")
-    with open(os.path.join(run.args.out, "heldout.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    write_file(os.path.join(run.args.out, "heldout.json"), json.dumps(results, indent=1))
     clip = os.path.join(run.args.out, f"heldout-{kind}-{rows[0]['response']}.wav")
-    soundfile.write(clip, rows[0]["wave"].numpy(), rows[0]["rate"])
+    sound = io.BytesIO()    # on a full disk soundfile itself raises an AssertionError
+    soundfile.write(sound, rows[0]["wave"].numpy(), rows[0]["rate"], format="WAV")
+    with open(clip, "wb") as file:
+        file.write(sound.getvalue())
     run.ranks.say("\nNow ask about a clip it has never heard; the answer is in the file's name:\n"
                   f"  python infer.py ask {run.args.out} {clip} --question \"{TONES[kind][0]}\"")
 
@@ -918,6 +1026,38 @@ def share_right(coat, rows, batch_size):
 
 
 # --------------------------------------------------------------------------------------------------
+
+def finish(run, log):
+    """After the last save. Raises InputError if an output is gone."""
+    ranks = run.ranks
+    go_on = f"go on with: python train.py --resume {run.args.out}"
+    for reason in ranks.stop:
+        if isinstance(reason, OSError):
+            raise InputError(f"{reason}; the run is saved after step {run.step}; {go_on}")
+    log.close()
+    if run.skipped or run.lost:
+        ranks.say(f"{run.skipped} rows were skipped and {run.lost} steps left out, see above")
+    if ranks.stop or run.step < run.total:
+        ranks.say(f"stopped after step {run.step}; {go_on}")
+    elif ranks.rank == 0 and isinstance(run.source, Tones) and run.args.heldout:
+        ask_heldout(run)
+
+
+@contextlib.contextmanager
+def signals_awaited(ranks):
+    """In here a signal ends the run after its step, with a save; before and after there is nothing
+    to lose. One that is ignored, as by nohup, stays so."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: ranks.stop.append(number))
+    ranks.gather(None)    # one that still dies of a signal would take the others with it
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 def announce(run, seconds):
     """What is trained on what."""
@@ -937,16 +1077,9 @@ def announce(run, seconds):
                   "--data a manifest, see data.py")
 
 
-def main():
-    one_line_errors(ExpertUnavailable, less_memory=LESS_MEMORY)
-    begin = time.time()
-    args = read_flags()
-    stages = [parse_stage(text, args) for text in args.stage]
+def set_up(args, stages, ranks, source, data):
+    """The Run, new or resumed. data: the fingerprint of the source."""
     tasks = list(dict.fromkeys(task for stage in stages for task in stage.tasks))
-    ranks = Ranks(args.device, args.backbone)
-    prepare(args, ranks.world)
-
-    source, data = open_data(args, stages, ranks)
     began_from = args.resume or args.init_from
     checkpoint = latest_checkpoint(began_from) if began_from else None
     coat, experts, heads = build_models(args, tasks, ranks.device, checkpoint)
@@ -959,23 +1092,28 @@ def main():
     else:
         start(run)
         if ranks.rank == 0:
-            with open(os.path.join(args.out, "config.json.tmp"), "w") as file:
-                json.dump(config, file, indent=1)
-            os.replace(file.name, os.path.join(args.out, "config.json"))
-    announce(run, time.time() - begin)
+            write_file(os.path.join(args.out, "config.json"), json.dumps(config, indent=1))
+    return run
 
-    rehearse(run)
-    log = Log(run)
-    train(run, log)
-    save(run)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)    # nothing is left to lose
-    log.close()
-    if run.skipped or run.lost:
-        ranks.say(f"{run.skipped} rows were skipped and {run.lost} steps left out, see above")
-    if run.step < run.total:
-        ranks.say(f"stopped after step {run.step}; go on with: python train.py --resume {args.out}")
-    elif ranks.rank == 0 and isinstance(source, Tones) and args.heldout:
-        ask_heldout(run)
+
+def main():
+    one_line_errors(ExpertUnavailable, less_memory=LESS_MEMORY)
+    begin = time.time()
+    args = read_flags()
+    stages = [parse_stage(text, args) for text in args.stage]
+    ranks = Ranks(args.device, args.backbone)
+    prepare(args, ranks.world)
+    source, data = open_data(args, stages, ranks)
+
+    with folder_held(args, ranks):
+        run = set_up(args, stages, ranks, source, data)
+        announce(run, time.time() - begin)
+        rehearse(run)
+        log = Log(run)
+        with signals_awaited(ranks):
+            train(run, log)
+            save(run)
+        finish(run, log)
     ranks.say(f"done in {time.time() - begin:.0f} s")
     if ranks.world > 1:
         dist.destroy_process_group()
