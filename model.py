@@ -243,8 +243,8 @@ def check_text(coat, text):
 
 # What CoAT.save adds to the chat template of a model that thinks: the block for n_audio audio
 # tokens and, so that no server forgets it, an error without. No template knows how long a clip is.
-BLOCK_TEMPLATE = f"""{{% if add_generation_prompt %}}{{% if n_audio is defined %}}{{% if n_audio %}}\
-{THINK_START}{{{{ '{THINK}' * n_audio }}}}{THINK_END}{{% endif %}}{{% else %}}\
+BLOCK_TEMPLATE = f"""{{% if add_generation_prompt %}}{{% if n_audio is defined %}}\
+{{% if n_audio %}}{THINK_START}{{{{ '{THINK}' * n_audio }}}}{THINK_END}{{% endif %}}{{% else %}}\
 {{% for m in messages if m.content is not string %}}\
 {{% for c in m.content if c.type in ('audio', 'audio_url', 'input_audio') %}}\
 {{{{ raise_exception('this model has to think first: give the chat template n_audio, the number of '
@@ -1116,11 +1116,17 @@ def publish(part, final):
 
 def write_file(path, text):
     """A text file, whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    part = path + ".tmp"
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
 
 
 def hold(path):

@@ -1968,6 +1968,18 @@ def test_loss_weighs_the_terms_of_its_stage(tmp_path):
     assert third["loss"] == pytest.approx(third["ce"] + third["recon"])
 
 
+def test_no_clip_is_calibrated_on_twice(short_run, monkeypatch):
+    def watched(self, task, clips):
+        seen.append(len(clips))
+        calibrate(self, task, clips)
+
+    seen = []
+    calibrate = heads.ExpertHeads.calibrate
+    monkeypatch.setattr(heads.ExpertHeads, "calibrate", watched)
+    run("train.py", *short_run, "--calibrate", 8, "--out", "new")    # 8 rows of 3 clips
+    assert seen == [3]
+
+
 def test_batches_log_what_each_rank_skips(mixed_runs):
     for name in ("batch", "micro_batches", "two_ranks"):
         assert logged(mixed_runs / name, "skipped") == [0, 1, 2, 2]
@@ -3864,22 +3876,6 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
 
 
-def test_run_stopped_by_a_signal_saves_and_goes_on(tmp_path, monkeypatch):
-    save = torch.save
-
-    def stopping(*args):
-        save(*args)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", stopping)
-        printed = run("train.py", *QUICK, "--stage", "4:recon", "--save-every", 2,
-                      "--out", tmp_path)
-    assert "stopped after step 2; go on with" in printed
-    run("train.py", "--resume", tmp_path)
-    assert logged(tmp_path, "step") == [1, 2, 3, 4]
-
-
 def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
     process = start(train_in_a_group, tmp_path / "log", *QUICK, "--stage", "999:recon",
                     "--workers", 1, "--out", tmp_path / "run")
@@ -3950,12 +3946,6 @@ def test_resume_names_other_versions_and_ranks_and_goes_on(short_run):
     assert all(f"not bit for bit: {what} was {value}" in printed for what, value in was.items())
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "heads.safetensors", "state.pt"])
-def test_resume_refuses_a_checkpoint_that_lacks_a_file(short_run, name):
-    os.remove(f"run/checkpoint-2/{name}")
-    assert name in run("train.py", "--resume", "run", fails=True)
-
-
 def test_resume_without_the_memory_calls_no_checkpoint_damaged(short_run, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
@@ -3964,9 +3954,148 @@ def test_resume_without_the_memory_calls_no_checkpoint_damaged(short_run, monkey
     assert "error: no memory left" in run("train.py", "--resume", "run", fails=True)
 
 
-def test_resume_refuses_a_torn_checkpoint(short_run):
-    write("run/checkpoint-2/state.pt", b"torn")
-    assert "is damaged" in run("train.py", "--resume", "run", fails=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_stopped_by_a_signal_saves_and_goes_on(tmp_path, monkeypatch, number):
+    save = torch.save
+
+    def stopping(*args):
+        save(*args)
+        os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", stopping)
+        printed = run("train.py", *QUICK, "--stage", "4:recon", "--save-every", 2,
+                      "--out", tmp_path)
+    assert "stopped after step 2; go on with" in printed
+    run("train.py", "--resume", tmp_path)
+    assert logged(tmp_path, "step") == [1, 2, 3, 4]
+
+
+def test_run_whose_output_nobody_reads_saves_and_goes_on(tmp_path):
+    """As in train.py | head."""
+    process = start(train_into_a_closed_pipe, tmp_path / "log", *QUICK, "--stage", "2:recon",
+                    "--out", tmp_path / "run")
+    ended(process, status=1)
+    assert "Broken pipe; the run is saved after step 0; go on with" in open(process.log).read()
+    run("train.py", "--resume", tmp_path / "run")
+    assert logged(tmp_path / "run", "step") == [1, 2]
+
+
+def test_disk_too_full_for_the_log_ends_the_run_with_a_save(tmp_path, monkeypatch):
+    plain = open
+
+    def full(path, mode="r", *args, **kwargs):
+        if mode == "a":
+            raise OSError(28, "No space left on device")
+        return plain(path, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        error = run("train.py", *QUICK, "--stage", "2:recon", "--out", tmp_path, fails=True)
+    assert "No space left on device; the run is saved after step 1; go on with" in error
+    assert "log.jsonl lacks 1 of the 1 steps" in run("train.py", "--resume", tmp_path)
+    assert logged(tmp_path, "step") == [2]
+
+
+def test_disk_too_full_for_the_first_checkpoint_advises_a_new_start(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    error = run("train.py", *QUICK, "--stage", "1:recon", "--out", tmp_path, fails=True)
+    assert error.endswith(f"make room and start anew with --out {tmp_path}")
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
+def test_folder_that_another_run_holds_is_refused(short_run, monkeypatch):
+    acquire = model.FileLock.acquire
+    monkeypatch.setattr(model.FileLock, "acquire", lambda lock, timeout: acquire(lock, timeout=0))
+    with model.hold("run"):
+        for flags in (["--resume", "run"], short_run):
+            assert "'run' is in use by another process" in run("train.py", *flags, fails=True)
+    assert "done" in run("train.py", "--resume", "run")
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "cannot be read"), (b'{"flags": {"ba', "cannot be read"), (b"\xff\xfe", "cannot be read"),
+    (b"[" * 10 ** 5, "cannot be read"), (b"[1]", "no JSON object"), (b"{}", 'lacks "flags"'),
+    (b'{"flags": []}', 'lacks "flags"'), (b'{"flags": {}}', 'lacks "data"'),
+])
+def test_damaged_config_of_a_run_is_named(short_run, content, words):
+    write("run/config.json", content)
+    for flags in (["--resume", "run"], ["--init-from", "run", "--out", "new"]):
+        error = run("train.py", *flags, fails=True)
+        assert "run/config.json' " in error and words in error and f"give {flags[0]}" in error
+
+
+@pytest.mark.parametrize("flags, words", [
+    ({"old": 3}, "--old is missing, of another kind, or"), ({"batch": "4"}, "--batch is missing"),
+    ({"lr": None}, "--lr is missing"), ({"stage": [5]}, "--stage is missing"),
+    ({"backbone": "gpt"}, "--backbone gpt: there are"), ({"batch": -1}, "'-1' is no whole number"),
+    ({"seed": math.nan}, "'nan' is no whole number"), ({"keep": "x"}, "'x' is no whole number"),
+    ({"no_think": 3}, "argument --no-think"),
+])
+def test_flags_of_a_run_are_read_as_if_they_were_given(short_run, flags, words):
+    with edited_json("run/config.json") as config:
+        config["flags"] |= flags
+    assert words in run("train.py", "--resume", "run", fails=True)
+
+
+def test_run_begun_by_code_without_one_of_the_flags_is_not_gone_on_with(short_run):
+    """But for those that change no step."""
+    with edited_json("run/config.json") as config:
+        del config["flags"]["tensorboard"]
+    run("train.py", "--resume", "run")
+    with edited_json("run/config.json") as config:
+        del config["flags"]["clip"]
+    assert "--clip is missing" in run("train.py", "--resume", "run", fails=True)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("adapter_model.safetensors", None), ("adapter_config.json", b"{}"),
+    ("heads.safetensors", None), ("heads.safetensors", b""), ("heads.safetensors", b"{}" * 99),
+    ("state.pt", None), ("state.pt", b""), ("state.pt", b"{}"), ("state.pt", bytes(range(256))),
+])
+def test_damaged_file_of_a_checkpoint_is_named(short_run, name, content):
+    os.remove(f"run/checkpoint-2/{name}")
+    if content is not None:
+        write(f"run/checkpoint-2/{name}", content)
+    error = run("train.py", "--resume", "run", fails=True)
+    assert "run/checkpoint-2" in error and (name in error or "adapter" in name)
+    if "adapter" not in name:
+        assert "delete 'run/checkpoint-2'" in error
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"step": 3}, "it is of step 3"), ({"step": None}, "it is of step None"),
+    ({"optimizer": []}, "TypeError"), ({"rng": ["x"]}, "AttributeError"), (None, "something else"),
+])
+def test_state_of_another_checkpoint_is_refused(short_run, change, words):
+    path = "run/checkpoint-2/state.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | change if change else state["rng"], path)
+    error = run("train.py", "--resume", "run", fails=True)
+    assert path in error and words in error
+
+
+def test_moments_of_another_model_are_refused(short_run):
+    path = "run/checkpoint-2/state.pt"
+    state = torch.load(path, weights_only=True)
+    moments = state["optimizer"]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"].T
+    torch.save(state, path)
+    assert "its moments are of another size" in run("train.py", "--resume", "run", fails=True)
+
+
+@pytest.mark.parametrize("damage, lacking", [
+    (lambda lines: "", 2), (lambda lines: lines[0] + lines[1][:20], 1),
+    (lambda lines: '{"step": 1, "ce": "x"}\n[1]\n' + lines[1], 1),
+])
+def test_steps_that_a_damaged_log_lacks_are_counted(short_run, damage, lacking):
+    lines = Path("run/log.jsonl").read_text().splitlines(keepends=True)
+    write("run/log.jsonl", damage(lines))
+    assert f"log.jsonl lacks {lacking} of the 2 steps" in run("train.py", "--resume", "run")
+    assert len(log_lines(Path("run"))) == 2 - lacking
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4726,6 +4855,13 @@ def two_ranks(log, *args, rank0=train):
 
 def train_in_a_group(*args):
     os.setpgid(0, 0)
+    train(*args)
+
+
+def train_into_a_closed_pipe(*args):
+    read, write = os.pipe()
+    os.dup2(write, 1)
+    os.close(read)
     train(*args)
 
 

@@ -277,7 +277,8 @@ def folder_held(args, ranks):
     """Makes the run folder, and in here keeps other runs out of it.
 
     Raises InputError if one is in it, or if it is not what --out and --resume expect."""
-    lock = None
+    made = False
+    held = contextlib.nullcontext()
     if ranks.rank == 0:
         if not args.out:
             names = (f"runs/{args.backbone}" + (f"-{i}" if i > 1 else "")
@@ -285,22 +286,21 @@ def folder_held(args, ranks):
             args.out = next(name for name in names if not os.path.exists(name))
         made = not os.path.isdir(args.out)
         os.makedirs(args.out, exist_ok=True)
-        lock = hold(args.out)
+        held = hold(args.out)
     try:
-        args.out = ranks.gather(args.out)[0]
-        begun = checkpoint_steps(args.out)
-        if args.resume and not begun:
-            raise InputError(f"'{args.out}' holds no checkpoint yet; start anew with --out "
-                             f"{args.out} and the flags in its config.json")
-        if begun and not args.resume:
-            raise InputError(f"'{args.out}' already holds checkpoints; give --resume {args.out} to "
-                             "go on, or another --out")
-        yield
+        with held:
+            args.out = ranks.gather(args.out)[0]
+            begun = checkpoint_steps(args.out)
+            if args.resume and not begun:
+                raise InputError(f"'{args.out}' holds no checkpoint yet; start anew with --out "
+                                 f"{args.out} and the flags in its config.json")
+            if begun and not args.resume:
+                raise InputError(f"'{args.out}' already holds checkpoints; give --resume "
+                                 f"{args.out} to go on, or another --out")
+            yield
     finally:
-        if lock:
-            if made and os.listdir(args.out) == [".lock"]:    # nothing came of it
-                shutil.rmtree(args.out, ignore_errors=True)
-            lock.release()
+        if made and os.listdir(args.out) == [".lock"]:    # nothing came of it
+            shutil.rmtree(args.out, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------
