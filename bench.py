@@ -33,7 +33,7 @@ import transformers
 
 from data import Rows, collate, open_source, plan_stage, teacher_targets, to_device
 from experts import EXPERTS, ExpertUnavailable, load
-from heads import ExpertHeads
+from heads import ExpertHeads, heads_for
 from model import (BACKBONES, COUNT, MIN_SECONDS, SAMPLE_RATE, CoAT, InputError, TooLong,
                    add_adapters, add_think_tokens, build_config, build_inputs, build_processor,
                    check_seconds, latest_checkpoint, load_coat, load_text_think,
@@ -661,10 +661,9 @@ class Trainer:
             for task in EXPERTS:
                 self.teachers[task] = load(task, device=args.device, random=True)
         d = self.coat.hf.config.get_text_config().hidden_size
-        dims = {"recon": d} | {task: teacher.dim for task, teacher in self.teachers.items()}
-        readouts = {task: teacher.readout for task, teacher in self.teachers.items()}
+        tasks = ["recon", *self.teachers]
         # Not calibrated, the scales stay 1: that changes the losses and not the time.
-        self.heads = ExpertHeads(d, dims, readouts, width=args.head_width).to(args.device)
+        self.heads = heads_for(d, tasks, self.teachers, width=args.head_width).to(args.device)
 
         self.optimizer = adamw(self.coat, self.heads)
         self.autocast = mixed_precision(args.device)

@@ -203,3 +203,13 @@ class ExpertHeads(nn.ModuleDict):
         """Names in the state dict that belong to a task: its head, and the scales of its terms."""
         scales = [f"{term}_scale" for term in terms(task)]
         return [name for name in self.state_dict() if name in scales or name.split(".")[0] == task]
+
+
+def heads_for(d, tasks, teachers, **options):
+    """The ExpertHeads of these tasks; of one without a teacher, such as recon, e_k is d.
+
+    teachers    {task: anything with `dim`, e_k, and `readout`, g_cls or h or None}
+    options     of ExpertHeads"""
+    dims = {task: teachers[task].dim if task in teachers else d for task in tasks}
+    readouts = {task: teacher.readout for task, teacher in teachers.items()}
+    return ExpertHeads(d, dims, readouts, **options)

@@ -7,6 +7,7 @@
     python infer.py score tiny tones --text-think --out cot.jsonl            # tables 2 and F
     python infer.py probe tiny runs/tiny --data tones:note:200 --plot probe.png    # table 3
     python infer.py show runs/tiny assets/clips/guitar_chord.flac --out heads.png  # figure 4
+    python infer.py compare runs/* --plot arms.png                           # table 4
     python infer.py merge runs/tiny merged
 
 A model is a run or checkpoint folder of train.py, a folder that `merge` wrote, or the name of a
@@ -20,6 +21,7 @@ import csv
 import functools
 import http.client
 import json
+import math
 import os
 import re
 import shlex
@@ -37,11 +39,11 @@ import torch
 from data import (Rows, at_rate, collate, fingerprint, open_source, parse_row, read_audio,
                   teacher_targets, to_device, usable_rows)
 from experts import EXPERTS, ExpertUnavailable, load
-from heads import ExpertHeads
+from heads import heads_for
 from model import (BACKBONES, COUNT, MAX_SECONDS, SAMPLE_RATE, WORKERS, InputError, TooLong,
                    build_inputs, checkpoint_steps, hold, latest_checkpoint, load_coat,
                    load_text_think, need, one_line_errors, pad_rows, publish, read_coat_json,
-                   read_json, real, usable_device)
+                   read_json, real, usable_device, write_file)
 
 # Names of files that `ask` takes out of a folder, and of those that soundfile cannot read.
 AUDIO = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
@@ -1106,12 +1108,10 @@ def load_heads(args, checkpoint, device):
             path = getattr(args, f"teacher_{task}") or flags[f"teacher_{task}"]
             experts[task] = load(task, path, device, random)
     coat = load_coat(adapter=checkpoint, model_path=args.model_path, device=device).merge()
-    hidden = coat.hf.config.get_text_config().hidden_size
-    dims = {task: experts[task].dim if task in experts else hidden for task in tasks}
-    readouts = {task: expert.readout for task, expert in experts.items()}
+    d = coat.hf.config.get_text_config().hidden_size
     try:
-        heads = ExpertHeads(hidden, dims, readouts, flags["head"], flags["head_width"],
-                            flags["focal_gamma"]).to(device)
+        heads = heads_for(d, tasks, experts, kind=flags["head"], width=flags["head_width"],
+                          focal_gamma=flags["focal_gamma"]).to(device)
         heads.load_state_dict(weights)    # with the scales of the losses
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise ValueError("a weight is not finite")
@@ -1334,6 +1334,133 @@ def plot_probes(figure, results, args):
 
 
 # --------------------------------------------------------------------------------------------------
+# compare: does the block help?
+
+RESULT = dict(arm=str, data=str, seed=int, task=str, rows=int, accuracy=(int, float))
+
+
+def compare(args):
+    """Accuracy of runs by what they were trained with, over seeds (table 4).
+
+    With 95 % intervals by Student's t over the seeds, and the difference to the first of these
+    arms over the seeds that both have. A run counts with its heldout.json, see train.py --heldout,
+    and with predictions that `score` wrote into its folder."""
+    need("scipy", "scikit-learn")
+    figure = need("matplotlib.figure", "matplotlib") if args.plot else None
+    results = []
+    for path in args.runs:
+        results += results_of(path) if os.path.isdir(path) else read_results(path)
+    if args.out:
+        write_file(args.out, "".join(json.dumps(result) + "\n" for result in results))
+
+    arms = list(dict.fromkeys(result["arm"] for result in results))
+    means = {}
+    print(f"{'data':16}{'question':12}{'arm':32}{'seeds':>6}{'accuracy, %':>16}{'difference':>16}")
+    for data, task in dict.fromkeys((result["data"], result["task"]) for result in results):
+        first = {}
+        for arm in arms:
+            by_seed = {result["seed"]: 100 * result["accuracy"] for result in results
+                       if (result["data"], result["task"], result["arm"]) == (data, task, arm)}
+            if not by_seed:
+                continue
+            means[data, task, arm] = mean_interval(list(by_seed.values()))
+            cell = "{:.1f} +- {:.1f}".format(*means[data, task, arm])
+            paired = [value - first[seed] for seed, value in by_seed.items() if seed in first]
+            more = "{:+.1f} +- {:.1f}".format(*mean_interval(paired)) if paired else ""
+            print(f"{data:16}{task:12}{arm:32}{len(by_seed):6}{cell:>16}{more:>16}".rstrip())
+            first = first or by_seed
+    if args.plot:
+        plot_arms(figure, means, arms, args.plot)
+
+
+def mean_interval(values):
+    """(mean, half of its 95 % interval by Student's t); of one value alone that half is not known,
+    nan."""
+    from scipy.stats import t
+    half = math.nan
+    if len(values) > 1:
+        half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values)), float(half)
+
+
+def read_results(path):
+    """The results that --out wrote. Raises InputError."""
+    results = []
+    with open(path, encoding="utf-8") as file:
+        for number, text in enumerate(file, 1):
+            try:
+                result = json.loads(text)
+                if not all(isinstance(result[name], kind) for name, kind in RESULT.items()):
+                    raise TypeError
+            except (ValueError, LookupError, TypeError) as e:
+                raise InputError(f"'{path}', line {number}, is no result; give folders of runs, or "
+                                 "a file that --out wrote") from e
+            results.append(result)
+    return results
+
+
+def results_of(run):
+    """[what RESULT says] of a run folder, one a kind of question. Raises InputError."""
+    flags = read_json(os.path.join(run, "config.json"), NEEDS_RUN, flags=dict)["flags"]
+    right = {}    # {kind of question: (right answers, rows)}
+    if os.path.isfile(os.path.join(run, "heldout.json")):
+        for task, shares in read_json(os.path.join(run, "heldout.json"), NEEDS_RUN).items():
+            right[task] = shares["heard"] * flags["heldout"], flags["heldout"]
+    for name in sorted(os.listdir(run)):
+        if re.fullmatch(r"predictions.*\.jsonl", name):
+            with open(os.path.join(run, name), encoding="utf-8") as file:
+                lines = [json.loads(text) for text in file]
+            for line in lines:
+                if "answer" in line:
+                    before, rows = right.get(line["task"], (0, 0))
+                    right[line["task"]] = before + is_right(line, line["answer"]), rows + 1
+    if not right:
+        raise InputError(f"'{run}' has neither heldout.json nor predictions; run infer.py score")
+    return [{"arm": arm_of(flags), "data": data_of(flags), "seed": flags["seed"], "task": task,
+             "rows": rows, "accuracy": count / rows} for task, (count, rows) in right.items()]
+
+
+def arm_of(flags):
+    """What a run was trained with, in the words of table 4; flags that are not the usual ones."""
+    if flags["no_think"]:
+        return "fine-tuning"
+    experts = ",".join(stage.split(":")[1] for stage in flags["stage"])
+    names = dict.fromkeys(name.split("=")[0] for name in experts.split(","))
+    arm = "+ " + (", ".join(name for name in names if name != "none") or "block")
+    if flags["head"] != "transformer":
+        arm += f", {flags['head']} heads"
+    if "pitch" in names and flags["w_pitch_aux"] != 1:
+        arm += f", w_aux {flags['w_pitch_aux']:g}"
+    if "pitch" in names and flags["focal_gamma"] != 2:
+        arm += f", gamma {flags['focal_gamma']:g}"
+    return arm
+
+
+def data_of(flags):
+    """The rows of a run, without the seed of the run at the end of their name."""
+    name = os.path.splitext(os.path.basename(flags["data"]))[0]
+    return name.removesuffix(f"-{flags['seed']}")
+
+
+def plot_arms(figure, means, arms, path):
+    """Accuracy against the number at the end of the name of the data, one picture a question."""
+    tasks = list(dict.fromkeys(task for _, task, _ in means))
+    fig = figure.Figure(figsize=(1 + 4 * len(tasks), 3.2), dpi=90, layout="constrained")
+    for axis, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        for k, arm in enumerate(arms):
+            points = []
+            for (data, of_task, of_arm), (mean, half) in means.items():
+                number = re.search(r"(\d+)$", data)
+                if (of_task, of_arm) == (task, arm) and number:
+                    points.append((int(number[1]) * 1.04 ** (k - len(arms) / 2), mean, half))
+            if points:    # a little apart, so that the intervals can be told
+                axis.errorbar(*zip(*sorted(points)), marker="o", markersize=3, label=arm)
+        axis.set(xscale="log", xlabel="labelled clips", ylabel="right answers, %", title=task)
+    axis.legend(fontsize=8)
+    fig.savefig(path)
+
+
+# --------------------------------------------------------------------------------------------------
 # merge
 
 def merge(args):
@@ -1375,7 +1502,7 @@ def build_parser():
     commands = parser.add_subparsers(required=True)
     for run, add_flags in (
             (ask, ask_flags), (score, score_flags), (show, show_flags), (probe, probe_flags),
-            (merge, merge_flags)):
+            (compare, compare_flags), (merge, merge_flags)):
         p = commands.add_parser(
             run.__name__, help=run.__doc__.splitlines()[0], description=run.__doc__,
             usage="%(prog)s [flags], see %(prog)s --help")
@@ -1479,6 +1606,14 @@ def probe_flags(add):
     add("--max-new-tokens", type=COUNT, default=20,
         help="of the model's own answers (%(default)s)")
     add("--plot", metavar="FILE", help="a picture")
+
+
+def compare_flags(add):
+    add("runs", nargs="+", help="folders of runs, or files that --out wrote; the first arm is the "
+        "one that others are compared with")
+    add("--out", metavar="FILE", help="also write the results, a JSON line a run and question")
+    add("--plot", metavar="FILE", help="a picture: accuracy against the number at the end of the "
+        "name of the data, such as 28 of tones:note:28")
 
 
 def merge_flags(add):

@@ -2394,6 +2394,64 @@ def test_probe_refuses_rows_that_cannot_be_split(rows, words):
 
 
 # --------------------------------------------------------------------------------------------------
+# infer.py: compare
+
+def results_file(path, means):
+    """Results of three seeds about these means, {(arm, data): mean}."""
+    lines = []
+    for (arm, data_name), mean in means.items():
+        for seed, more in enumerate((-0.01, 0, 0.01)):
+            lines.append({"arm": arm, "data": data_name, "seed": seed, "task": "note", "rows": 100,
+                          "accuracy": mean + more})
+    return write_lines(path, lines)
+
+
+def test_compare_gives_means_with_intervals_and_paired_differences(tmp_path):
+    means = {("fine-tuning", "tones:note:7"): 0.2, ("fine-tuning", "tones:note:28"): 0.5,
+             ("+ pitch", "tones:note:28"): 0.6}
+    path = results_file(tmp_path / "results.jsonl", means)
+    printed = run("infer.py", "compare", path, "--plot", tmp_path / "arms.png").splitlines()
+    half = 4.303 * 0.01 / math.sqrt(3) * 100    # Student's t, two degrees of freedom
+    assert [line.split()[-3:] for line in printed[1:]] == [
+        ["20.0", "+-", f"{half:.1f}"], ["50.0", "+-", f"{half:.1f}"], ["+10.0", "+-", "0.0"]]
+    assert (tmp_path / "arms.png").stat().st_size > 1000
+
+
+def test_compare_counts_heldout_answers_and_predictions_of_a_run(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint*", "pred*"))
+    answer = {"row": 0, "task": "other", "prompt": "?", "response": "yes", "answer": "yes"}
+    write_lines(folder / "predictions-1.jsonl", [{"run": {}}, answer, answer | {"answer": "no"}])
+    run("infer.py", "compare", folder, "--out", tmp_path / "results.jsonl")
+    found = {result["task"]: result for result in read_lines(tmp_path / "results.jsonl")}
+    assert found["other"]["accuracy"] == 0.5 and found["other"]["rows"] == 2
+    for kind, shares in trained.heldout.items():
+        assert found[kind]["accuracy"] == pytest.approx(shares["heard"])
+        assert found[kind]["arm"] == "+ recon, pitch" and found[kind]["rows"] == 40
+    again = run("infer.py", "compare", tmp_path / "results.jsonl")
+    assert again == run("infer.py", "compare", folder)
+
+
+@pytest.mark.parametrize("changes, arm", [
+    ({"no_think": True}, "fine-tuning"), ({"stage": ["3:none"]}, "+ block"),
+    ({"stage": ["3:recon=0.3", "4:recon,pitch=2:1e-3"]}, "+ recon, pitch"),
+    ({"stage": ["3:recon"], "head": "linear", "focal_gamma": 0}, "+ recon, linear heads"),
+    ({"stage": ["3:pitch"], "focal_gamma": 0, "w_pitch_aux": 9.0}, "+ pitch, w_aux 9, gamma 0")])
+def test_arm_of_a_run_is_named_by_its_flags(changes, arm):
+    flags = {"no_think": False, "stage": ["3:all"], "head": "transformer", "focal_gamma": 2.0,
+             "w_pitch_aux": 1.0}
+    assert infer.arm_of(flags | changes) == arm
+
+
+@pytest.mark.parametrize("content, words", [
+    ("{}\n", "line 1, is no result"), ("5\n", "line 1, is no result"), ("[", "is no result")])
+def test_compare_refuses_what_is_no_result(tmp_path, content, words):
+    path = write(tmp_path / "results.jsonl", content)
+    assert words in run("infer.py", "compare", path, fails=True)
+    assert "config.json" in run("infer.py", "compare", tmp_path, fails=True)
+
+
+# --------------------------------------------------------------------------------------------------
 # infer.py: where the block is placed
 
 @pytest.fixture(scope="session")

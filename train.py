@@ -41,7 +41,7 @@ from tqdm import tqdm
 from data import (TONES, Mixture, Rows, Tones, collate, collate_step, fingerprint, idle_batch,
                   open_source, plan_stage, teacher_targets, to_device)
 from experts import EXPERTS, ExpertUnavailable, load
-from heads import ExpertHeads, terms
+from heads import ExpertHeads, heads_for, terms
 from model import (BACKBONES, COUNT, IGNORE, WORKERS, CoAT, InputError, checkpoint_steps, hold,
                    latest_checkpoint, load_coat, mixed_precision, need, one_line_errors, publish,
                    read_json, real, usable_device, whole, write_file)
@@ -441,9 +441,8 @@ def build_models(args, tasks, device, adapter):
             path = getattr(args, f"teacher_{task}")
             experts[task] = load(task, path, device, args.random_teachers)
     d = coat.hf.config.get_text_config().hidden_size
-    dims = {task: experts[task].dim if task in experts else d for task in tasks}
-    readouts = {task: expert.readout for task, expert in experts.items()}
-    heads = ExpertHeads(d, dims, readouts, args.head, args.head_width, args.focal_gamma)
+    heads = heads_for(d, tasks, experts, kind=args.head, width=args.head_width,
+                      focal_gamma=args.focal_gamma)
     heads.to(device)
     if args.checkpointing:
         coat.checkpoint_activations()
