@@ -173,6 +173,7 @@ BACKBONES = {
 BACKBONES["small"] = replace(
     BACKBONES["qwen2-audio"],
     hub_id="openai/whisper-tiny,HuggingFaceTB/SmolLM2-135M-Instruct",
+    licence="other (those of its two parts)",
     text_config=dict(
         model_type="llama",
         vocab_size=49155,
@@ -649,6 +650,7 @@ class CoAT(nn.Module):
                            if kind.__module__.startswith("transformers.")]
         write_file(os.path.join(folder, "README.md"), text.substitute(
             name=self.name, licence=self.backbone.licence, model_class=of_transformers[0],
+            dtype=str(self.hf.dtype).removeprefix("torch."),
             origin=self.model_path or self.backbone.hub_id, window=f"{window_seconds(self):.0f}"))
 
     def save_merged(self, folder):

@@ -1071,6 +1071,10 @@ def announce(run, seconds):
               f"{seconds:.0f} s")
     if args.workers and not can_fork():
         ranks.say("no data processes on this system (--workers 0): rows are loaded between steps")
+    trained_modules = [name for name, p in run.coat.named_parameters() if p.requires_grad]
+    if "recon" in run.tasks and any("multi_modal_projector" in name for name in trained_modules):
+        ranks.say("!! the projector is new, and while it learns it moves what recon is to "
+                  "reconstruct; train it first with --no-think, merge, and start from that folder")
     if isinstance(run.source, Tones) and args.backbone != "tiny":
         ranks.say("!! training on synthetic tones, which teach nothing about speech or sound; give "
                   "--data a manifest, see data.py")
