@@ -224,8 +224,8 @@ def parse_row(line, where, answered=True):
 
 def read_object(line):
     """The JSON object of a line. Raises InputError."""
-    require(len(line) <= MAX_LINE, f"more than {MAX_LINE} bytes; shorten its texts, or leave out "
-                                   "keys that nobody needs")
+    require(len(line.rstrip()) <= MAX_LINE,
+            f"more than {MAX_LINE} bytes; shorten its texts, or leave out keys that nobody needs")
     half = None
     try:
         text = line.decode("utf-8-sig")
@@ -307,7 +307,7 @@ class Manifest:
         tasks = Counter()
         start = 0
         with open(path, "rb") as file:
-            lines = iter(functools.partial(file.readline, MAX_LINE + 1), b"")
+            lines = iter(functools.partial(file.readline, MAX_LINE + 2), b"")
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     row = parse_row(line, f"{path}, line {number}")
@@ -330,7 +330,7 @@ class Manifest:
         path = self.paths[k]
         with open(path, "rb") as file:    # anew: processes that share an open one share its place
             file.seek(start)
-            row = parse_row(file.readline(MAX_LINE + 1), f"{path}, row {i - self.first[k]}")
+            row = parse_row(file.readline(MAX_LINE + 2), f"{path}, row {i - self.first[k]}")
         if row["audio"] is not None:
             row["audio"] = os.path.join(os.path.dirname(path), row["audio"])
         return row
@@ -1085,7 +1085,7 @@ def read_table(path, quoted=True):
     quoted: quotation marks enclose cells."""
     csv.field_size_limit(2 ** 24)
     if path.endswith((".json", ".jsonl")):
-        yield from read_json(path)
+        yield from json_items(path)
         return
     with open(path, encoding="utf-8-sig", errors="latin-1", newline="") as file:
         mark = max(",\t|", key=file.readline().count)
@@ -1094,7 +1094,7 @@ def read_table(path, quoted=True):
         yield from csv.DictReader(file, delimiter=mark, quoting=quoting, restval="")
 
 
-def read_json(path):
+def json_items(path):
     """Yields the objects of a file: one a line, or of an array, alone or as the "data" of an
     object. null becomes an empty text."""
     with open(path, encoding="utf-8-sig", errors="latin-1") as file:
@@ -1503,7 +1503,7 @@ def any_table(args):
 def any_messages(args):
     """The candidates of a file of conversations of ms-swift, LLaMA-Factory or chat templates."""
     def candidates(root, split):
-        for item in read_json(os.path.abspath(args.root)):
+        for item in json_items(os.path.abspath(args.root)):
             try:
                 yield one_turn(item, root, args.task)
             except LeftOut as e:
@@ -1526,6 +1526,8 @@ def one_turn(item, root, task):
     roles = [role for role, _ in turns]
     if item.get("system") or item.get("history") or roles != ["user", "assistant"]:
         raise LeftOut(NOT_ONE_TURN)
+    if item.get("images") or item.get("videos"):
+        raise LeftOut("with images or videos")
     clips = item.get("audios") or item.get("audio") or []
     clips = clips if isinstance(clips, list) else [clips]
     question, clips_in_it = text_and_clips(turns[0][1])
@@ -1620,11 +1622,12 @@ def convert(args):
                     row = make_row(candidate)
                     if args.pitch_class:
                         row["pitch_class"] = pitch_class_of(row)
-                    parse_row(json.dumps(row).encode(), "that training would refuse")
+                    line = json.dumps(row, ensure_ascii=False)
+                    parse_row(line.encode(errors="surrogatepass"), "that training would refuse")
                 except (LeftOut, InputError) as e:
                     left_out[str(e)] += 1
                     continue
-                print(json.dumps(row, ensure_ascii=False))
+                print(line)
                 written += 1
                 without_note += row.get("pitch_class", "") is None
     except KeyError as e:

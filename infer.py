@@ -36,14 +36,14 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from data import (Rows, at_rate, collate, fingerprint, open_source, parse_row, read_audio,
+from data import (Rows, collate, fingerprint, open_source, parse_row, read_audio,
                   teacher_targets, to_device, usable_rows)
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import heads_for
-from model import (BACKBONES, COUNT, MAX_SECONDS, SAMPLE_RATE, WORKERS, InputError, TooLong,
-                   build_inputs, checkpoint_steps, hold, latest_checkpoint, load_coat,
-                   load_text_think, need, one_line_errors, pad_rows, publish, read_coat_json,
-                   read_json, real, usable_device, write_file)
+from model import (BACKBONES, COUNT, MAX_SECONDS, WORKERS, InputError, TooLong, check_kinds,
+                   checkpoint_steps, hold, latest_checkpoint, load_coat, load_text_think, need,
+                   one_line_errors, pad_rows, publish, read_coat_json, read_json, real,
+                   usable_device, write_file)
 
 # Names of files that `ask` takes out of a folder, and of those that soundfile cannot read.
 AUDIO = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
@@ -112,7 +112,7 @@ DRAWN = {
     "pitch": "the contour, the strongest third of each semitone",
 }
 CONTOUR_ON = 0.3    # a pitch is there: the frame threshold of basic-pitch
-NEEDS_RUN = "show needs the folder of a run as train.py wrote it; copy it again"
+NEEDS_RUN = "give the folder of a run as train.py wrote it, or copy it again"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1078,10 +1078,7 @@ def head_flags(path):
     kinds = {"random_teachers": bool, "head": str, "head_width": (int, type(None)),
              "focal_gamma": (int, float)}
     kinds |= {f"teacher_{name}": (str, type(None)) for name in EXPERTS}
-    for name, kind in kinds.items():
-        if not isinstance(flags.get(name, ...), kind):
-            raise InputError(f"'{path}' lacks the flag \"{name}\", or it is of another kind; "
-                             f"{NEEDS_RUN}")
+    check_kinds(flags, f"'{path}'", NEEDS_RUN, kinds)
     return flags
 
 
@@ -1343,34 +1340,43 @@ def compare(args):
     """Accuracy of runs by what they were trained with, over seeds (table 4).
 
     With 95 % intervals by Student's t over the seeds, and the difference to the first of these
-    arms over the seeds that both have. A run counts with its heldout.json, see train.py --heldout,
-    and with predictions that `score` wrote into its folder."""
+    arms over the seeds that both have. A run folder counts with its heldout.json, see train.py
+    --heldout, a predictions file of `score` with its answers."""
     need("scipy", "scikit-learn")
     figure = need("matplotlib.figure", "matplotlib") if args.plot else None
-    results = []
+    found = {}    # {(data, task, arm): {seed: result}}
     for path in args.runs:
-        results += results_of(path) if os.path.isdir(path) else read_results(path)
+        for result in results_of(path):
+            seeds = found.setdefault((result["data"], result["task"], result["arm"]), {})
+            if result["seed"] in seeds:
+                raise InputError(f"'{path}': \"{result['arm']}\" with {result['data']} and seed "
+                                 f"{result['seed']} comes twice; leave one out")
+            seeds[result["seed"]] = result
     if args.out:
+        results = [result for seeds in found.values() for result in seeds.values()]
         write_file(args.out, "".join(json.dumps(result) + "\n" for result in results))
 
-    arms = list(dict.fromkeys(result["arm"] for result in results))
+    first = next(iter(found))[2]    # arm
     means = {}
     print(f"{'data':16}{'question':12}{'arm':32}{'seeds':>6}{'accuracy, %':>16}{'difference':>16}")
-    for data, task in dict.fromkeys((result["data"], result["task"]) for result in results):
-        first = {}
-        for arm in arms:
-            by_seed = {result["seed"]: 100 * result["accuracy"] for result in results
-                       if (result["data"], result["task"], result["arm"]) == (data, task, arm)}
-            if not by_seed:
-                continue
-            means[data, task, arm] = mean_interval(list(by_seed.values()))
-            cell = "{:.1f} +- {:.1f}".format(*means[data, task, arm])
-            paired = [value - first[seed] for seed, value in by_seed.items() if seed in first]
-            more = "{:+.1f} +- {:.1f}".format(*mean_interval(paired)) if paired else ""
-            print(f"{data:16}{task:12}{arm:32}{len(by_seed):6}{cell:>16}{more:>16}".rstrip())
-            first = first or by_seed
+    order = list(dict.fromkeys(key[:2] for key in found))
+    for (data, task, arm), seeds in sorted(found.items(), key=lambda x: order.index(x[0][:2])):
+        values = {seed: 100 * result["accuracy"] for seed, result in seeds.items()}
+        means[data, task, arm] = mean_interval(list(values.values()))
+        base = found.get((data, task, first), {})
+        paired = [values[seed] - 100 * base[seed]["accuracy"] for seed in values if seed in base]
+        difference = ""
+        if arm != first and paired:
+            difference = plus_minus(*mean_interval(paired), sign="+")
+        print(f"{data:16}{task:12}{arm:32}{len(seeds):6}{plus_minus(*means[data, task, arm]):>16}"
+              f"{difference:>16}".rstrip())
     if args.plot:
-        plot_arms(figure, means, arms, args.plot)
+        plot_arms(figure, means, args.plot)
+
+
+def plus_minus(mean, half, sign=""):
+    interval = "" if math.isnan(half) else f" +- {half:.1f}"
+    return f"{mean:{sign}.1f}{interval}"
 
 
 def mean_interval(values):
@@ -1383,41 +1389,65 @@ def mean_interval(values):
     return float(np.mean(values)), float(half)
 
 
-def read_results(path):
-    """The results that --out wrote. Raises InputError."""
+def results_of(path):
+    """[what RESULT says], one a kind of question, of a run folder, a predictions file or a file
+    that --out wrote. Raises InputError."""
+    if os.path.isdir(path):
+        return results_of_run(path)
+    with open(path, "rb") as file:
+        lines = [parse_line(text) for text in file.read().rpartition(b"\n")[0].split(b"\n")]
+    if isinstance(lines[0], dict) and isinstance(lines[0].get("run"), dict):
+        return results_of_predictions(path, lines[0]["run"], lines[1:])
+    for number, result in enumerate(lines, 1):
+        remedy = "give folders of runs, predictions, or a file that --out wrote"
+        if not isinstance(result, dict):
+            raise InputError(f"'{path}', line {number}, is no result; {remedy}")
+        check_kinds(result, f"'{path}', line {number},", remedy, RESULT)
+    return lines
+
+
+def results_of_run(run):
+    """Of its heldout.json, which may be wanting where a run has another source than tones."""
+    known = known_of_run(run)
+    path = os.path.join(run, "heldout.json")
+    heldout = read_json(path, "train with tones and --heldout, or give a file of infer.py score")
     results = []
-    with open(path, encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                result = json.loads(text)
-                if not all(isinstance(result[name], kind) for name, kind in RESULT.items()):
-                    raise TypeError
-            except (ValueError, LookupError, TypeError) as e:
-                raise InputError(f"'{path}', line {number}, is no result; give folders of runs, or "
-                                 "a file that --out wrote") from e
-            results.append(result)
+    for task, shares in heldout.items():
+        if not isinstance(shares, dict) or not isinstance(shares.get("heard"), float):
+            raise InputError(f"'{path}' is damaged; {NEEDS_RUN}")
+        rows = known["flags"]["heldout"]
+        results.append(known["result"] | {"task": task, "rows": rows, "accuracy": shares["heard"]})
     return results
 
 
-def results_of(run):
-    """[what RESULT says] of a run folder, one a kind of question. Raises InputError."""
-    flags = read_json(os.path.join(run, "config.json"), NEEDS_RUN, flags=dict)["flags"]
-    right = {}    # {kind of question: (right answers, rows)}
-    if os.path.isfile(os.path.join(run, "heldout.json")):
-        for task, shares in read_json(os.path.join(run, "heldout.json"), NEEDS_RUN).items():
-            right[task] = shares["heard"] * flags["heldout"], flags["heldout"]
-    for name in sorted(os.listdir(run)):
-        if re.fullmatch(r"predictions.*\.jsonl", name):
-            with open(os.path.join(run, name), encoding="utf-8") as file:
-                lines = [json.loads(text) for text in file]
-            for line in lines:
-                if "answer" in line:
-                    before, rows = right.get(line["task"], (0, 0))
-                    right[line["task"]] = before + is_right(line, line["answer"]), rows + 1
+def results_of_predictions(path, run, lines):
+    """Of answers that are right or wrong; transcripts and captions are not."""
+    known = known_of_run(os.path.dirname(str(run.get("model"))))
+    result = known["result"]
+    if run.get("think") is not True and "+" in result["arm"]:
+        result["arm"] += ", asked without the block"
+    right = {}    # {task: [is the answer right?]}
+    for number, line in enumerate(lines, 2):
+        if not is_prediction(line, math.inf):
+            raise InputError(f"'{path}', line {number} is damaged; score anew into another --out")
+        if "answer" in line and (line["task"] not in ("asr", *JUDGED) or line.get("choices")):
+            right.setdefault(line["task"], []).append(is_right(line, line["answer"]))
     if not right:
-        raise InputError(f"'{run}' has neither heldout.json nor predictions; run infer.py score")
-    return [{"arm": arm_of(flags), "data": data_of(flags), "seed": flags["seed"], "task": task,
-             "rows": rows, "accuracy": count / rows} for task, (count, rows) in right.items()]
+        raise InputError(f"'{path}' has no answers that are right or wrong; see infer.py score")
+    return [result | {"task": task, "rows": len(found), "accuracy": sum(found) / len(found)}
+            for task, found in right.items()]
+
+
+def known_of_run(run):
+    """{"flags" of a run, "result": what RESULT says and follows from them}. Raises InputError."""
+    path = os.path.join(run, "config.json")
+    flags = read_json(path, NEEDS_RUN, flags=dict)["flags"]
+    number = (int, float)
+    check_kinds(flags, f"'{path}'", NEEDS_RUN, dict(
+        no_think=bool, stage=list, head=str, w_pitch_aux=number, focal_gamma=number, data=str,
+        seed=int, heldout=int))
+    result = {"arm": arm_of(flags), "data": data_of(flags), "seed": flags["seed"]}
+    return {"flags": flags, "result": result}
 
 
 def arm_of(flags):
@@ -1442,22 +1472,24 @@ def data_of(flags):
     return name.removesuffix(f"-{flags['seed']}")
 
 
-def plot_arms(figure, means, arms, path):
+def plot_arms(figure, means, path):
     """Accuracy against the number at the end of the name of the data, one picture a question."""
-    tasks = list(dict.fromkeys(task for _, task, _ in means))
-    fig = figure.Figure(figsize=(1 + 4 * len(tasks), 3.2), dpi=90, layout="constrained")
-    for axis, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks):
-        for k, arm in enumerate(arms):
-            points = []
-            for (data, of_task, of_arm), (mean, half) in means.items():
-                number = re.search(r"(\d+)$", data)
-                if (of_task, of_arm) == (task, arm) and number:
-                    points.append((int(number[1]) * 1.04 ** (k - len(arms) / 2), mean, half))
-            if points:    # a little apart, so that the intervals can be told
-                axis.errorbar(*zip(*sorted(points)), marker="o", markersize=3, label=arm)
+    lines = {}    # {task: {arm: [(number, mean, half)]}}
+    for (data, task, arm), (mean, half) in means.items():
+        number = re.search(r"(\d+)$", data)
+        if number:
+            lines.setdefault(task, {}).setdefault(arm, []).append((int(number[1]), mean, half))
+    if not lines:
+        raise InputError("--plot needs data whose names end in numbers, such as tones:note:28")
+    fig = figure.Figure(figsize=(1 + 4 * len(lines), 3.2), dpi=90, layout="constrained")
+    for axis, task in zip(fig.subplots(1, len(lines), squeeze=False)[0], lines):
+        for k, (arm, points) in enumerate(lines[task].items()):
+            numbers, values, halves = np.transpose(sorted(points))
+            apart = 1.04 ** k    # so that intervals do not hide each other
+            axis.errorbar(numbers * apart, values, halves, marker="o", markersize=3, label=arm)
         axis.set(xscale="log", xlabel="labelled clips", ylabel="right answers, %", title=task)
-    axis.legend(fontsize=8)
-    fig.savefig(path)
+        axis.legend(fontsize=8)
+    fig.savefig(path, format="png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1488,8 +1520,8 @@ def merge(args):
         raise
     size = sum(os.path.getsize(os.path.join(out, name)) for name in os.listdir(out))
     unit, name = (2 ** 30, "GiB") if size >= 2 ** 30 else (2 ** 20, "MiB")
-    print(f"{out}: {size / unit:.2f} {name}, {coat.hf.dtype}. "
-          "README.md shows how to use it without this code; or:\n"
+    how = " README.md shows how to use it without this code; or:" if coat.think else ""
+    print(f"{out}: {size / unit:.2f} {name}, {coat.hf.dtype}.{how}\n"
           f"  python infer.py ask {out} CLIP \"question\"")
 
 
@@ -1514,8 +1546,8 @@ def build_parser():
 def model_flags(add, name="model", nargs=None):
     names = ", ".join(BACKBONES)
     add(name, nargs=nargs, help=f"run or checkpoint folder, merged folder, or one of {names}")
-    add("--model-path", help="a local folder with the backbone, instead of the hub")
-    add("--device", help="cpu or cuda; None: the GPU, or for tiny the CPU if there is none")
+    add("--model-path", help="a local folder with the backbone, or NAME@REVISION of the hub")
+    add("--device", help="cpu or cuda; None: the GPU, or for tiny and small else the CPU")
 
 
 def segment_flags(add):
@@ -1609,8 +1641,8 @@ def probe_flags(add):
 
 
 def compare_flags(add):
-    add("runs", nargs="+", help="folders of runs, or files that --out wrote; the first arm is the "
-        "one that others are compared with")
+    add("runs", nargs="+", help="folders of runs, predictions in them, or files that --out wrote; "
+        "the first arm is the one that others are compared with")
     add("--out", metavar="FILE", help="also write the results, a JSON line a run and question")
     add("--plot", metavar="FILE", help="a picture: accuracy against the number at the end of the "
         "name of the data, such as 28 of tones:note:28")

@@ -35,7 +35,6 @@ import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
@@ -246,11 +245,12 @@ def check_text(coat, text):
 # tokens and, so that no server forgets it, an error without. No template knows how long a clip is.
 BLOCK_TEMPLATE = f"""{{% if add_generation_prompt %}}{{% if n_audio is defined %}}\
 {{% if n_audio %}}{THINK_START}{{{{ '{THINK}' * n_audio }}}}{THINK_END}{{% endif %}}{{% else %}}\
-{{% for m in messages if m.content is not string %}}\
-{{% for c in m.content if c.type in ('audio', 'audio_url', 'input_audio') %}}\
+{{% for m in messages %}}{{% for c in ([m] if m.content is string else m.content) %}}\
+{{% if c.type in ('audio', 'audio_url', 'input_audio') or c.content is string and \
+('<|AUDIO|>' in c.content or '<sound>' in c.content) %}}\
 {{{{ raise_exception('this model has to think first: give the chat template n_audio, the number of '
 'audio tokens, 25 a second; README.md of the model shows how') }}}}\
-{{% endfor %}}{{% endfor %}}{{% endif %}}{{% endif %}}"""
+{{% endif %}}{{% endfor %}}{{% endfor %}}{{% endif %}}{{% endif %}}"""
 
 
 def render_prompt(coat, question, n_pieces):
@@ -436,6 +436,12 @@ class CoAT(nn.Module):
         return self.processor.tokenizer.convert_tokens_to_ids(list(self.backbone.eos))
 
     @property
+    def new_projector(self):
+        """The parameters of a projector that is trained, see compose; of other backbones none."""
+        return [p for name, p in self.lm.named_parameters()
+                if "modules_to_save" in name and p.requires_grad]
+
+    @property
     def decoder_weights(self):
         """How many weights of the decoder layers a token meets, without the adapters."""
         layers = self.hf.model.language_model.layers
@@ -605,10 +611,10 @@ class CoAT(nn.Module):
         for layer in self.hf.model.language_model.layers:
             layer._compiled_call_impl = None    # ends compile_layers, which would compile anew
         if isinstance(self.lm, peft.PeftModel):
+            dtype = self.hf.dtype
             for module in self.lm.modules():
                 if isinstance(module, LoraLayer):    # peft would round the update before adding it
                     weight = module.base_layer.weight
-                    dtype = weight.dtype
                     weight.data = weight.data.float()
                     module.merge()
                     weight.data = weight.data.to(dtype)
@@ -627,6 +633,8 @@ class CoAT(nn.Module):
             self.lm.save_pretrained(folder, save_embedding_layers=False)
         else:
             self.save_merged(folder)
+        if self.name == "qwen2.5-omni":
+            self.copy_image_settings(folder)
         template = self.processor.chat_template
         if self.think:
             self.processor.chat_template = template + BLOCK_TEMPLATE
@@ -648,10 +656,15 @@ class CoAT(nn.Module):
             text = string.Template(file.read())
         of_transformers = [kind.__name__ for kind in type(self.hf).__mro__
                            if kind.__module__.startswith("transformers.")]
+        found = origins(self.name, self.model_path)
+        names = [origin["pretrained_model_name_or_path"] for origin in found]
+        revisions = [f', revision="{origin["revision"]}"' for origin in found
+                     if "revision" in origin]
         write_file(os.path.join(folder, "README.md"), text.substitute(
             name=self.name, licence=self.backbone.licence, model_class=of_transformers[0],
-            dtype=str(self.hf.dtype).removeprefix("torch."),
-            origin=self.model_path or self.backbone.hub_id, window=f"{window_seconds(self):.0f}"))
+            dtype=str(self.hf.dtype).removeprefix("torch."), origins=json.dumps(names),
+            origin="".join(names[:1]), revision="".join(revisions[:1]),
+            window=f"{window_seconds(self):.0f}"))
 
     def save_merged(self, folder):
         """The plain model, in whose settings transformers' generate finds what `stream` does."""
@@ -662,12 +675,11 @@ class CoAT(nn.Module):
             eos_token_id=self.eos_ids)
         self.lm.save_pretrained(folder)
         if self.name == "qwen2.5-omni":
-            self.complete_omni(folder)
+            self.nest_config(folder)
 
-    def complete_omni(self, folder):
-        """What others need beside the thinker. vLLM knows the full model's class alone, and takes
-        the settings' word for it that embeddings are tied. The full processor, which ours is a part
-        of, wants its image settings."""
+    def nest_config(self, folder):
+        """Puts the thinker's config into the full model's. vLLM knows that one's class alone, and
+        takes the settings' word for it that embeddings are tied."""
         path = os.path.join(folder, "config.json")
         thinker = read_json(path, "merge again")
         thinker["text_config"]["tie_word_embeddings"] = False
@@ -675,6 +687,9 @@ class CoAT(nn.Module):
             "architectures": ["Qwen2_5OmniForConditionalGeneration"],
             "model_type": "qwen2_5_omni", "enable_audio_output": False,
             "dtype": thinker["dtype"], "thinker_config": thinker}, indent=2))
+
+    def copy_image_settings(self, folder):
+        """The full processor of Qwen2.5-Omni, which ours is a part of, wants them."""
         origin, = origins(self.name, self.model_path)
         settings = transformers.utils.cached_file(
             origin["pretrained_model_name_or_path"], "preprocessor_config.json",
@@ -976,7 +991,8 @@ def load_adapter(lm, folder, name, trainable=False):
         if loaded.unexpected_keys:
             raise ValueError(f"its settings leave no place for {loaded.unexpected_keys[0]}")
         for key, p in lm.named_parameters():
-            if "lora_" in key and not p.isfinite().all():
+            is_saved = re.search("lora_|trainable_tokens|modules_to_save", key)
+            if is_saved and not p.isfinite().all():
                 raise ValueError(f"its {key} holds NaN or infinite numbers")
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -1057,7 +1073,8 @@ def one_line_errors(*kinds, less_memory="a smaller batch"):
         reason = " ".join(str(error).split())
         if issubclass(kind, (InputError, *kinds)):
             line = f"error: {reason}"
-        elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "CPUAllocator" in reason:
+        elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or (
+                kind is RuntimeError and "CPUAllocator" in reason):    # torch has no kind for it
             line = f"error: no memory left ({reason[:200]}); less is needed with {less_memory}"
         elif issubclass(kind, BrokenPipeError):    # a program | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # where the rest goes at exit
@@ -1076,12 +1093,13 @@ def one_line_errors(*kinds, less_memory="a smaller batch"):
         try:
             sys.stdout.flush()
         except OSError as e:    # a full disk, or | head; what is left would fail once more
-            hook(type(e), e, None)
+            sys.excepthook(type(e), e, None)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os._exit(1)
 
+    if sys.excepthook is sys.__excepthook__:    # the first call
+        atexit.register(say_last_words)
     sys.excepthook = hook
-    atexit.register(say_last_words)
 
 
 def read_json(path, remedy, **kinds):
@@ -1097,10 +1115,15 @@ def read_json(path, remedy, **kinds):
         raise InputError(f"'{path}' cannot be read ({e}); {remedy}") from e
     if not isinstance(found, dict):
         raise InputError(f"'{path}' is no JSON object; {remedy}")
+    check_kinds(found, f"'{path}'", remedy, kinds)
+    return found
+
+
+def check_kinds(found, where, remedy, kinds):
+    """Raises InputError unless a dict has these names: {name: type, or types, of its value}."""
     for name, kind in kinds.items():
         if name not in found or not isinstance(found[name], kind):
-            raise InputError(f"'{path}' lacks \"{name}\", or it is of another kind; {remedy}")
-    return found
+            raise InputError(f"{where} lacks \"{name}\", or it is of another kind; {remedy}")
 
 
 def publish(part, final):

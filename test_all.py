@@ -535,13 +535,17 @@ def test_adapter_cards_lines_with_peft_alone_say_what_it_says(coat, written, tmp
 def test_saved_template_asks_for_the_block_and_writes_it(coat, written, folder):
     template = (Path(getattr(written, folder)) / "chat_template.jinja").read_text()
     chat = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "Which?"}]}]
-    render = functools.partial(coat.processor.apply_chat_template, chat, template, tokenize=False)
+
+    def render(messages=chat, **kwargs):
+        return coat.processor.apply_chat_template(messages, template, tokenize=False, **kwargs)
+
     prompt = render_prompt(coat, "Which?", 1)
     block = THINK_START + 25 * THINK + THINK_END
     assert render(add_generation_prompt=True, n_audio=25) == prompt + block
     assert render(add_generation_prompt=True, n_audio=0) == prompt
-    with pytest.raises(Exception, match="n_audio"):
-        render(add_generation_prompt=True)
+    for content in (chat[0]["content"], coat.backbone.audio_token + "Which?"):
+        with pytest.raises(Exception, match="n_audio"):
+            render([{"role": "user", "content": content}], add_generation_prompt=True)
     assert prompt.startswith(render())
     text = [{"role": "user", "content": "Say hello."}]
     assert render_prompt(coat, "Say hello.", 0) == coat.processor.apply_chat_template(
@@ -2417,19 +2421,27 @@ def test_compare_gives_means_with_intervals_and_paired_differences(tmp_path):
     assert (tmp_path / "arms.png").stat().st_size > 1000
 
 
-def test_compare_counts_heldout_answers_and_predictions_of_a_run(trained, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint*", "pred*"))
-    answer = {"row": 0, "task": "other", "prompt": "?", "response": "yes", "answer": "yes"}
-    write_lines(folder / "predictions-1.jsonl", [{"run": {}}, answer, answer | {"answer": "no"}])
-    run("infer.py", "compare", folder, "--out", tmp_path / "results.jsonl")
-    found = {result["task"]: result for result in read_lines(tmp_path / "results.jsonl")}
-    assert found["other"]["accuracy"] == 0.5 and found["other"]["rows"] == 2
-    for kind, shares in trained.heldout.items():
-        assert found[kind]["accuracy"] == pytest.approx(shares["heard"])
-        assert found[kind]["arm"] == "+ recon, pitch" and found[kind]["rows"] == 40
-    again = run("infer.py", "compare", tmp_path / "results.jsonl")
-    assert again == run("infer.py", "compare", folder)
+def test_compare_counts_heldout_answers_or_predictions_of_a_run(trained, scored, tmp_path):
+    run("infer.py", "compare", trained.folder, "--out", tmp_path / "heldout.jsonl")
+    for result in read_lines(tmp_path / "heldout.jsonl"):
+        heard = trained.heldout[result["task"]]["heard"]
+        assert result["accuracy"] == pytest.approx(heard) and result["rows"] == 40
+        assert result["arm"] == "+ recon, pitch"
+    printed = run("infer.py", "compare", trained.folder)
+    assert printed == run("infer.py", "compare", tmp_path / "heldout.jsonl")
+
+    torn = write(tmp_path / "torn", scored.out.read_text() + '{"row": 3, "ans')
+    run("infer.py", "compare", torn, "--out", tmp_path / "scored.jsonl")
+    found = {result["task"]: result["accuracy"] for result in read_lines(tmp_path / "scored.jsonl")}
+    told = {result["task"]: result["value"] for result in scored.result["results"]
+            if result["metric"] == "accuracy"}
+    assert found == pytest.approx(told)
+
+
+def test_compare_says_where_the_block_was_left_out(scored, tmp_path):
+    scored.again(tmp_path / "out", "--no-think")
+    assert "+ recon, pitch, asked without the block" in run("infer.py", "compare",
+                                                            tmp_path / "out")
 
 
 @pytest.mark.parametrize("changes, arm", [
@@ -2444,11 +2456,15 @@ def test_arm_of_a_run_is_named_by_its_flags(changes, arm):
 
 
 @pytest.mark.parametrize("content, words", [
-    ("{}\n", "line 1, is no result"), ("5\n", "line 1, is no result"), ("[", "is no result")])
+    ("{}\n", 'line 1, lacks "arm"'), ("5\n", "line 1, is no result"), ("[", "is no result")])
 def test_compare_refuses_what_is_no_result(tmp_path, content, words):
     path = write(tmp_path / "results.jsonl", content)
     assert words in run("infer.py", "compare", path, fails=True)
     assert "config.json" in run("infer.py", "compare", tmp_path, fails=True)
+
+
+def test_compare_refuses_a_result_that_comes_twice(trained):
+    assert "comes twice" in run("infer.py", "compare", trained.folder, trained.folder, fails=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ def build_parser(**kwargs):
                                      usage="%(prog)s [flags], see --help", **kwargs)
     add = parser.add_argument
     add("--backbone", default="tiny", help=f"one of {', '.join(BACKBONES)}")
-    add("--model-path", help="a local folder with the backbone, instead of the hub")
+    add("--model-path", help="a local folder with the backbone, or NAME@REVISION of the hub; of "
+        "small also two with a comma: Whisper's and a text model's")
     add("--data", default="tones", help="mixture.json or rows.jsonl, see data.py; or synthetic "
         "tones, or some: tones:note,glide; or few labels: tones:note:28, see data.FewLabels")
     add("--out", help="run folder; None: a new one under runs/")
@@ -130,8 +131,8 @@ def add_upkeep(add):
     add("--save-every", type=STEPS, default=1000, help="steps between checkpoints")
     add("--keep", type=COUNT, default=2, help="how many checkpoints stay")
     add("--workers", type=WORKERS, default=2, help="data processes a rank")
-    add("--device", help="cpu or cuda; None: the GPU, or for tiny the CPU if there is none")
-    add("--threads", type=whole(1, 4 * os.cpu_count()), help="CPU threads of a rank; sums, "
+    add("--device", help="cpu or cuda; None: the GPU, or for tiny and small else the CPU")
+    add("--threads", type=whole(1, 1024), help="CPU threads of a rank; sums, "
         "and so a resumed run, depend on them in the last bit")
     add("--heldout", type=whole(0, 10 ** 6), default=60, help="held-out rows of each kind of tone "
         "question, asked at the end")
@@ -149,7 +150,7 @@ def read_config(run, flag, used=None):
     parser = build_parser(exit_on_error=False)
     defaults = vars(parser.parse_args([]))
     try:
-        read = vars(parser.parse_args(as_given(config["flags"], defaults)))
+        read = vars(parser.parse_args(as_given(config["flags"], used or defaults)))
     except argparse.ArgumentError as e:
         raise InputError(f"'{path}': {e}; {remedy}") from e
 
@@ -280,15 +281,15 @@ def folder_held(args, ranks):
     made = False
     held = contextlib.nullcontext()
     if ranks.rank == 0:
-        if not args.out:
-            names = (f"runs/{args.backbone}" + (f"-{i}" if i > 1 else "")
-                     for i in range(1, 10 ** 6))
-            args.out = next(name for name in names if not os.path.exists(name))
-        made = not os.path.isdir(args.out)
-        os.makedirs(args.out, exist_ok=True)
+        if args.out:
+            made = not os.path.isdir(args.out)
+            os.makedirs(args.out, exist_ok=True)
+        else:
+            args.out = new_folder(f"runs/{args.backbone}")
+            made = True
         held = hold(args.out)
-    try:
-        with held:
+    with held:
+        try:
             args.out = ranks.gather(args.out)[0]
             begun = checkpoint_steps(args.out)
             if args.resume and not begun:
@@ -298,9 +299,21 @@ def folder_held(args, ranks):
                 raise InputError(f"'{args.out}' already holds checkpoints; give --resume "
                                  f"{args.out} to go on, or another --out")
             yield
-    finally:
-        if made and os.listdir(args.out) == [".lock"]:    # nothing came of it
-            shutil.rmtree(args.out, ignore_errors=True)
+        finally:
+            if made and os.listdir(args.out) == [".lock"]:    # nothing came of it
+                shutil.rmtree(args.out, ignore_errors=True)
+
+
+def new_folder(name):
+    """Makes the folder NAME, or NAME-2, or .. -> which. Of two runs each gets its own."""
+    i = 1
+    while True:
+        folder = name if i == 1 else f"{name}-{i}"
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            i += 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,7 +394,10 @@ class Student(torch.nn.Module):
         out = self.coat(batch)    # H_think, x_A, cross-entropy
         targets = targets | {"recon": out.audio_embeds}
         active = {task: targets[task] for task in self.tasks}
-        return {"ce": out.ce_sum} | self.heads(out.think_states, out.valid, active)
+        ce = out.ce_sum
+        for p in self.coat.new_projector:    # DDP wants all in each step, also one of text alone
+            ce = ce + 0 * p.sum()
+        return {"ce": ce} | self.heads(out.think_states, out.valid, active)
 
 
 @dataclass
@@ -613,8 +629,8 @@ def resume(run, checkpoint, config):
     """Loads what `save` saved. Raises InputError if the run would go another way than it began."""
     began = read_config(run.args.resume, "--resume")
     if began["data"] != config["data"]:
-        raise InputError(f"the rows of {run.args.data}, or the lengths of their audio, are not "
-                         "those that the run began with; bring them back, or start a new run")
+        raise InputError(f"the rows of {run.args.data}, or lengths or sizes of their audio, are "
+                         "not those that the run began with; bring them back, or start a new run")
     for what in ("world", "commit", "device", "versions"):
         if began[what] != config[what]:
             run.ranks.say(f"!! not bit for bit: {what} was {began[what]} when the run began and is "
@@ -1009,7 +1025,7 @@ def ask_heldout(run):
     with open(clip, "wb") as file:
         file.write(sound.getvalue())
     run.ranks.say("\nNow ask about a clip it has never heard; the answer is in the file's name:\n"
-                  f"  python infer.py ask {run.args.out} {clip} --question \"{TONES[kind][0]}\"")
+                  f"  python infer.py ask {run.args.out} {clip} \"{TONES[kind][0]}\"")
 
 
 def share_right(coat, rows, batch_size):
@@ -1071,8 +1087,7 @@ def announce(run, seconds):
               f"{seconds:.0f} s")
     if args.workers and not can_fork():
         ranks.say("no data processes on this system (--workers 0): rows are loaded between steps")
-    trained_modules = [name for name, p in run.coat.named_parameters() if p.requires_grad]
-    if "recon" in run.tasks and any("multi_modal_projector" in name for name in trained_modules):
+    if "recon" in run.tasks and run.coat.new_projector:
         ranks.say("!! the projector is new, and while it learns it moves what recon is to "
                   "reconstruct; train it first with --no-think, merge, and start from that folder")
     if isinstance(run.source, Tones) and args.backbone != "tiny":
