@@ -1972,6 +1972,17 @@ def test_loss_weighs_the_terms_of_its_stage(tmp_path):
     assert third["loss"] == pytest.approx(third["ce"] + third["recon"])
 
 
+def test_new_projector_takes_part_in_a_step_of_text_alone(hub):
+    """As DDP demands."""
+    train_py = runpy.run_path(str(HERE / "train.py"))
+    coat = load_coat("small", model_path=hub["small"], trainable=True)
+    student = train_py["Student"](coat, heads.ExpertHeads(64, {}), [])
+    batch = build_inputs(coat, [None], ["Say hello."], ["hello"])
+    sum(student(batch, {}).values()).backward()
+    assert len(coat.new_projector) == 2
+    assert all(p.grad is not None and not p.grad.any() for p in coat.new_projector)
+
+
 def test_no_clip_is_calibrated_on_twice(short_run, monkeypatch):
     def watched(self, task, clips):
         seen.append(len(clips))
