@@ -1487,7 +1487,10 @@ def plot_arms(figure, means, path):
             numbers, values, halves = np.transpose(sorted(points))
             apart = 1.04 ** k    # so that intervals do not hide each other
             axis.errorbar(numbers * apart, values, halves, marker="o", markersize=3, label=arm)
+        ticks = sorted({number for points in lines[task].values() for number, _, _ in points})
         axis.set(xscale="log", xlabel="labelled clips", ylabel="right answers, %", title=task)
+        axis.set_xticks(ticks, ticks)
+        axis.minorticks_off()
         axis.legend(fontsize=8)
     fig.savefig(path, format="png")
 
