@@ -816,6 +816,9 @@ def read_backbone(backbone, origin, device, dtype):
         raise ValueError("it has no config.json")
     if model_type not in backbone.model_types:
         raise ValueError(f"its config.json is that of '{model_type}'")
+    for part in ("text_config", "audio_config", "thinker_config"):
+        if not isinstance(config.get(part, {}), dict):    # of null it would build the default, 30 GB
+            raise ValueError(f"its {part} is no object")
     if config.get("quantization_config"):
         raise ValueError("its weights are quantised, so an adapter could not be merged into them")
 
@@ -823,6 +826,10 @@ def read_backbone(backbone, origin, device, dtype):
     if not processor.chat_template:
         raise ValueError("it has no chat template")
     processor.chat_template = processor.chat_template.removesuffix(BLOCK_TEMPLATE)
+    chat = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "?"}]}]
+    prompt = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    if prompt.count(backbone.audio_token) != 1:
+        raise ValueError(f"its chat template does not write a clip as one {backbone.audio_token}")
 
     model = read_weights(backbone.model_class, origin, dtype=dtype, device_map=device)
     audio_id = model.config.audio_token_id

@@ -3358,6 +3358,57 @@ def test_weights_cut_short_are_refused_in_one_line(name, hub, tmp_path):
     assert_refused(name, tmp_path / "cut", name, "incomplete")
 
 
+@pytest.mark.parametrize("file, content, words", [
+    ("config.json", b"[]", "AttributeError"), ("config.json", b"\xff\0", "not a valid JSON"),
+    ("config.json", b"[" * 10 ** 5, "RecursionError"), ("config.json", None, "no config.json"),
+    ("config.json", {"text_config": None}, "text_config is no object"),
+    ("config.json", {"model_type": 5}, "config.json is that of '5'"),
+    ("config.json", {"quantization_config": {"load_in_4bit": True}}, "quantised"),
+    ("tokenizer.json", b"[]", "TypeError"), ("tokenizer.json", b"\xff\0", "UnicodeDecodeError"),
+    ("tokenizer.json", None, "tokenizer is missing"),
+    ("tokenizer_config.json", b"5", "AttributeError"),
+    ("preprocessor_config.json", b"[]", "AttributeError"),
+    ("chat_template.jinja", b"{% for x in %}", "TemplateSyntaxError"),
+    ("chat_template.jinja", b"{{ x.y.z }}", "UndefinedError"),
+    ("chat_template.jinja", b"{{ messages[0].role }}", "does not write a clip"),
+    ("model.safetensors", b"<html>" * 99, "SafetensorError"),
+    ("model.safetensors", None, "no file named model.safetensors")])
+def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, content, words):
+    """None: a pipe, at which nothing may wait. A dict: what changes in the file."""
+    folder = tmp_path / "model"
+    shutil.copytree(hub["qwen2-audio"], folder)
+    if isinstance(content, dict):
+        with edited_json(folder / file) as value:
+            value |= content
+    elif content is None:
+        os.remove(folder / file)
+        os.mkfifo(folder / file)
+    else:
+        write(folder / file, content)
+    assert_refused("qwen2-audio", folder, words)
+
+
+def test_weights_that_are_not_finite_are_refused(hub, written, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(hub["qwen2-audio"], folder)
+    make_nan(folder / "model.safetensors", "conv2.weight")
+    assert_refused("qwen2-audio", folder, "conv2.weight holds NaN")
+    for part in ("lora_A", "token_adapter"):
+        adapter = tmp_path / part
+        shutil.copytree(written.adapter, adapter)
+        make_nan(adapter / "adapter_model.safetensors", part)
+        with pytest.raises(InputError, match="holds NaN"):
+            load_coat(adapter=str(adapter))
+
+
+def make_nan(path, part):
+    """Puts a NaN into a tensor of a file of weights whose name has this part."""
+    weights = safetensors.torch.load_file(path)
+    name = next(name for name in weights if part in name)
+    weights[name].view(-1)[0] = math.nan
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+
+
 def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
     shutil.copytree(written.adapter, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "adapter_model.safetensors"
