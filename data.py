@@ -1598,6 +1598,18 @@ def pitch_class_of(row):
     return PITCH_CLASSES[by_class.argmax()] if by_class.any() else None
 
 
+def checked_row(candidate, pitch_class):
+    """(row, its line in a manifest). Raises LeftOut, or InputError if training would refuse it."""
+    row = make_row(candidate)
+    if pitch_class:
+        row["pitch_class"] = pitch_class_of(row)
+    line = json.dumps(row, ensure_ascii=False)
+    if HALF_CHARACTER.search(line):
+        raise LeftOut("with half a character")
+    parse_row(line.encode(), "that training would refuse")
+    return row, line
+
+
 def convert(args):
     """Rows to stdout; to stderr how many, and how many were left out and why."""
     root = os.path.abspath(args.root)
@@ -1619,11 +1631,7 @@ def convert(args):
         for split in args.split or splits:
             for candidate in corpus(root, split):
                 try:
-                    row = make_row(candidate)
-                    if args.pitch_class:
-                        row["pitch_class"] = pitch_class_of(row)
-                    line = json.dumps(row, ensure_ascii=False)
-                    parse_row(line.encode(errors="surrogatepass"), "that training would refuse")
+                    row, line = checked_row(candidate, args.pitch_class)
                 except (LeftOut, InputError) as e:
                     left_out[str(e)] += 1
                     continue
