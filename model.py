@@ -243,7 +243,9 @@ def check_text(coat, text):
 
 # What CoAT.save adds to the chat template of a model that thinks: the block for n_audio audio
 # tokens and, so that no server forgets it, an error without. No template knows how long a clip is.
-BLOCK_TEMPLATE = f"""{{% if add_generation_prompt %}}{{% if n_audio is defined %}}\
+BLOCK_MARK = "{# the thinking block #}"    # where it begins, whatever code wrote it
+BLOCK_TEMPLATE = BLOCK_MARK + f"""\
+{{% if add_generation_prompt %}}{{% if n_audio is defined %}}\
 {{% if n_audio %}}{THINK_START}{{{{ '{THINK}' * n_audio }}}}{THINK_END}{{% endif %}}{{% else %}}\
 {{% for m in messages %}}{{% for c in ([m] if m.content is string else m.content) %}}\
 {{% if c.type in ('audio', 'audio_url', 'input_audio') or c.content is string and \
@@ -825,7 +827,7 @@ def read_backbone(backbone, origin, device, dtype):
     processor = backbone.processor_class.from_pretrained(**origin)
     if not processor.chat_template:
         raise ValueError("it has no chat template")
-    processor.chat_template = processor.chat_template.removesuffix(BLOCK_TEMPLATE)
+    processor.chat_template = processor.chat_template.partition(BLOCK_MARK)[0]
     chat = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "?"}]}]
     prompt = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     if prompt.count(backbone.audio_token) != 1:

@@ -3388,6 +3388,14 @@ def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, c
     assert_refused("qwen2-audio", folder, words)
 
 
+def test_block_in_a_template_is_dropped_whatever_code_wrote_it(hub, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(hub["qwen2-audio"], folder)
+    template = load_backbone("qwen2-audio", str(folder))[1].chat_template
+    write(folder / "chat_template.jinja", template + model.BLOCK_MARK + "{{ raise_exception('x') }}")
+    assert load_backbone("qwen2-audio", str(folder))[1].chat_template == template
+
+
 def test_weights_that_are_not_finite_are_refused(hub, written, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(hub["qwen2-audio"], folder)
