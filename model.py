@@ -819,7 +819,7 @@ def read_backbone(backbone, origin, device, dtype):
     if model_type not in backbone.model_types:
         raise ValueError(f"its config.json is that of '{model_type}'")
     for part in ("text_config", "audio_config", "thinker_config"):
-        if not isinstance(config.get(part, {}), dict):    # of null it would build the default, 30 GB
+        if not isinstance(config.get(part, {}), dict):    # null would be the default, of 30 GB
             raise ValueError(f"its {part} is no object")
     if config.get("quantization_config"):
         raise ValueError("its weights are quantised, so an adapter could not be merged into them")
