@@ -83,10 +83,13 @@ def open_audio(path, start=None, end=None):
     return file, first, last - first
 
 
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def is_time(value):
     """Is it a number of seconds?"""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) <= MAX_TIME
+    return is_number(value) and abs(value) <= MAX_TIME
 
 
 def is_cut(path):
@@ -413,9 +416,7 @@ def require(ok, problem):
 
 
 def require_positive(value, what):
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(is_number and 1e-9 <= value <= 1e9,
-            f"{what} is not a number from 1e-9 to 1e9")
+    require(is_number(value) and 1e-9 <= value <= 1e9, f"{what} is not a number from 1e-9 to 1e9")
 
 
 def unique_names(pairs):

@@ -42,7 +42,7 @@ from experts import EXPERTS, ExpertUnavailable, load
 from heads import heads_for
 from model import (BACKBONES, COUNT, MAX_SECONDS, WORKERS, InputError, TooLong, check_kinds,
                    checkpoint_steps, hold, latest_checkpoint, load_coat, load_text_think, need,
-                   one_line_errors, pad_rows, publish, read_coat_json, read_json, real,
+                   one_line_errors, pad_rows, parse_line, publish, read_coat_json, read_json, real,
                    usable_device, write_file)
 
 # Names of files that `ask` takes out of a folder, and of those that soundfile cannot read.
@@ -181,10 +181,11 @@ def prepare(rows, spec, think, text_think):
     return collate(rows, spec, think=think, responses=False)
 
 
-def batches(coat, source, order, args, think, text_think=False):
-    """Batches of rows without their responses; order: [[row number] of a batch].
+def batches(coat, source, rows, args, think, text_think=False):
+    """Batches of rows, in this order, without their responses.
 
     "left_out" in a batch: {row number: InputError} of those that cannot be used."""
+    order = [rows[i:i + args.batch] for i in range(0, len(rows), args.batch)]
     ready = functools.partial(prepare, spec=coat.spec, think=think, text_think=text_think)
     loader = torch.utils.data.DataLoader(
         Rows(source), batch_sampler=order, collate_fn=ready,
@@ -200,8 +201,7 @@ def longest_first(coat, source, rows, args, skipped, think, text_think=False):
     """Batches of these rows, the longest first: what does not fit in memory fails at once. A row
     that turns out to be unreadable is named and added to `skipped`."""
     rows = sorted(rows, key=lambda i: -source.lengths[i])
-    order = [rows[i:i + args.batch] for i in range(0, len(rows), args.batch)]
-    for batch in batches(coat, source, order, args, think, text_think):
+    for batch in batches(coat, source, rows, args, think, text_think):
         for reason in batch["skipped"]:
             print(f"skipped: {reason}")
         skipped += batch["skipped"]
@@ -350,11 +350,10 @@ def ask_one(coat, row, args):
 
 def ask_all(coat, source, args, file):
     """Answers all rows, in their order. Raises InputError if none of them can be used."""
-    rows = list(range(len(source)))
-    order = [rows[i:i + args.batch] for i in range(0, len(rows), args.batch)]
+    rows = range(len(source))
     think = places_block(args, coat.think)
     left_out = {}
-    for batch in batches(coat, source, order, args, think, args.text_think is not None):
+    for batch in batches(coat, source, rows, args, think, args.text_think is not None):
         left_out |= batch["left_out"]
         for line in answered(coat, batch, args.max_new_tokens):
             give(line, args.json, file)
@@ -687,14 +686,6 @@ def default_out(args, source):
     data = os.path.splitext(os.path.basename(args.data))[0] if source.files else args.data
     names.append(re.sub(r"[^\w.]+", "-", data))
     return os.path.join(folder, "-".join(names) + ".jsonl")
-
-
-def parse_line(text):
-    """A line of a predictions file, or None if it is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def is_prediction(line, n_rows):
@@ -1072,14 +1063,19 @@ def read_sound_names(path):
     return names
 
 
-def head_flags(path):
-    """The flags in config.json of a run that its heads follow from. Raises InputError."""
+def run_flags(path, kinds):
+    """The flags in config.json of a run. kinds: {flag: type, or types}. Raises InputError."""
     flags = read_json(path, NEEDS_RUN, flags=dict)["flags"]
+    check_kinds(flags, f"'{path}'", NEEDS_RUN, kinds)
+    return flags
+
+
+def head_flags(path):
+    """The flags of a run that its heads follow from. Raises InputError."""
     kinds = {"random_teachers": bool, "head": str, "head_width": (int, type(None)),
              "focal_gamma": (int, float)}
     kinds |= {f"teacher_{name}": (str, type(None)) for name in EXPERTS}
-    check_kinds(flags, f"'{path}'", NEEDS_RUN, kinds)
-    return flags
+    return run_flags(path, kinds)
 
 
 def load_heads(args, checkpoint, device):
@@ -1344,32 +1340,36 @@ def compare(args):
     --heldout, a predictions file of `score` with its answers."""
     need("scipy", "scikit-learn")
     figure = need("matplotlib.figure", "matplotlib") if args.plot else None
-    found = {}    # {(data, task, arm): {seed: result}}
+    found = {}    # {(data, task): {arm: {seed: result}}}
     for path in args.runs:
         for result in results_of(path):
-            seeds = found.setdefault((result["data"], result["task"], result["arm"]), {})
+            arms = found.setdefault((result["data"], result["task"]), {})
+            seeds = arms.setdefault(result["arm"], {})
             if result["seed"] in seeds:
                 raise InputError(f"'{path}': \"{result['arm']}\" with {result['data']} and seed "
                                  f"{result['seed']} comes twice; leave one out")
             seeds[result["seed"]] = result
     if args.out:
-        results = [result for seeds in found.values() for result in seeds.values()]
+        results = [result for arms in found.values() for seeds in arms.values()
+                   for result in seeds.values()]
         write_file(args.out, "".join(json.dumps(result) + "\n" for result in results))
 
-    first = next(iter(found))[2]    # arm
+    first = next(iter(next(iter(found.values()))))    # arm
     means = {}
     print(f"{'data':16}{'question':12}{'arm':32}{'seeds':>6}{'accuracy, %':>16}{'difference':>16}")
-    order = list(dict.fromkeys(key[:2] for key in found))
-    for (data, task, arm), seeds in sorted(found.items(), key=lambda x: order.index(x[0][:2])):
-        values = {seed: 100 * result["accuracy"] for seed, result in seeds.items()}
-        means[data, task, arm] = mean_interval(list(values.values()))
-        base = found.get((data, task, first), {})
-        paired = [values[seed] - 100 * base[seed]["accuracy"] for seed in values if seed in base]
-        difference = ""
-        if arm != first and paired:
-            difference = plus_minus(*mean_interval(paired), sign="+")
-        print(f"{data:16}{task:12}{arm:32}{len(seeds):6}{plus_minus(*means[data, task, arm]):>16}"
-              f"{difference:>16}".rstrip())
+    for (data, task), arms in found.items():
+        base = arms.get(first, {})
+        for arm, seeds in arms.items():
+            values = {seed: 100 * result["accuracy"] for seed, result in seeds.items()}
+            mean = mean_interval(list(values.values()))
+            paired = [values[seed] - 100 * base[seed]["accuracy"] for seed in values
+                      if seed in base]
+            difference = ""
+            if arm != first and paired:
+                difference = plus_minus(*mean_interval(paired), sign="+")
+            print(f"{data:16}{task:12}{arm:32}{len(seeds):6}{plus_minus(*mean):>16}"
+                  f"{difference:>16}".rstrip())
+            means[data, task, arm] = mean
     if args.plot:
         plot_arms(figure, means, args.plot)
 
@@ -1440,10 +1440,8 @@ def results_of_predictions(path, run, lines):
 
 def known_of_run(run):
     """{"flags" of a run, "result": what RESULT says and follows from them}. Raises InputError."""
-    path = os.path.join(run, "config.json")
-    flags = read_json(path, NEEDS_RUN, flags=dict)["flags"]
     number = (int, float)
-    check_kinds(flags, f"'{path}'", NEEDS_RUN, dict(
+    flags = run_flags(os.path.join(run, "config.json"), dict(
         no_think=bool, stage=list, head=str, w_pitch_aux=number, focal_gamma=number, data=str,
         seed=int, heldout=int))
     result = {"arm": arm_of(flags), "data": data_of(flags), "seed": flags["seed"]}

@@ -651,14 +651,14 @@ class CoAT(nn.Module):
         """README.md: how to use the folder without this code. An adapter needs a backbone that is
         one folder."""
         is_adapter = isinstance(self.lm, peft.PeftModel)
-        if is_adapter and len(origins(self.name, self.model_path)) != 1:
+        found = origins(self.name, self.model_path)
+        if is_adapter and len(found) != 1:
             return
         card = os.path.join(ASSETS, "adapter_card.md" if is_adapter else "model_card.md")
         with open(card, encoding="utf-8") as file:
             text = string.Template(file.read())
         of_transformers = [kind.__name__ for kind in type(self.hf).__mro__
                            if kind.__module__.startswith("transformers.")]
-        found = origins(self.name, self.model_path)
         names = [origin["pretrained_model_name_or_path"] for origin in found]
         revisions = [f', revision="{origin["revision"]}"' for origin in found
                      if "revision" in origin]
@@ -850,10 +850,15 @@ def read_weights(model_class, origin, **kwargs):
     if wrong:
         raise ValueError(f"it has no weights for {len(wrong)} tensors, or of another shape, "
                          f"such as {min(wrong)}")
-    for name, p in model.named_parameters():
-        if not p.sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"its {name} holds NaN or infinite numbers")
+    check_finite(model.named_parameters())
     return model
+
+
+def check_finite(named):
+    """Raises ValueError unless all numbers of these (name, tensor)s are finite."""
+    for name, tensor in named:
+        if not tensor.sum(dtype=torch.float32).isfinite():    # one pass
+            raise ValueError(f"its {name} holds NaN or infinite numbers")
 
 
 def compose(backbone, whisper, text_model):
@@ -999,10 +1004,8 @@ def load_adapter(lm, folder, name, trainable=False):
             raise ValueError(f"it has no {loaded.missing_keys[0]}")
         if loaded.unexpected_keys:
             raise ValueError(f"its settings leave no place for {loaded.unexpected_keys[0]}")
-        for key, p in lm.named_parameters():
-            is_saved = re.search("lora_|trainable_tokens|modules_to_save", key)
-            if is_saved and not p.isfinite().all():
-                raise ValueError(f"its {key} holds NaN or infinite numbers")
+        check_finite((key, p) for key, p in lm.named_parameters()
+                     if re.search("lora_|trainable_tokens|modules_to_save", key))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:    # what peft makes of a strange file is of any kind
@@ -1126,6 +1129,14 @@ def read_json(path, remedy, **kinds):
         raise InputError(f"'{path}' is no JSON object; {remedy}")
     check_kinds(found, f"'{path}'", remedy, kinds)
     return found
+
+
+def parse_line(text):
+    """A line of a file of JSON lines, or None if it is none: a kill may have cut it."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def check_kinds(found, where, remedy, kinds):

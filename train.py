@@ -43,8 +43,8 @@ from data import (TONES, Mixture, Rows, Tones, collate, collate_step, fingerprin
 from experts import EXPERTS, ExpertUnavailable, load
 from heads import ExpertHeads, heads_for, terms
 from model import (BACKBONES, COUNT, IGNORE, WORKERS, CoAT, InputError, checkpoint_steps, hold,
-                   latest_checkpoint, load_coat, mixed_precision, need, one_line_errors, publish,
-                   read_json, real, usable_device, whole, write_file)
+                   latest_checkpoint, load_coat, mixed_precision, need, one_line_errors, parse_line,
+                   publish, read_json, real, usable_device, whole, write_file)
 
 EVERY_EXPERT = ["recon", *EXPERTS]
 # Flags whose default is another one for a backbone. 8 B weights leave little memory. Random weights
@@ -750,10 +750,7 @@ def read_log(path):
     lines = {}
     with open(path, "rb") as file:
         for text in file:
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
+            line = parse_line(text)
             if isinstance(line, dict) and "step" in line:
                 if all(isinstance(value, (int, float, type(None))) for value in line.values()):
                     lines[line["step"]] = line
