@@ -7,6 +7,7 @@
     python infer.py score tiny tones --text-think --out cot.jsonl            # tables 2 and F
     python infer.py probe tiny runs/tiny --data tones:note:200 --plot probe.png    # table 3
     python infer.py show runs/tiny assets/clips/guitar_chord.flac --out heads.png  # figure 4
+    python infer.py frames runs/tiny --data tones:glide:100    # do the heads follow the sound?
     python infer.py compare runs/* --plot arms.png                           # table 4
     python infer.py merge runs/tiny merged
 
@@ -1160,6 +1161,88 @@ def draw(left, right, student, teacher, rows, seconds):
 
 
 # --------------------------------------------------------------------------------------------------
+# frames: do the heads follow the sound?
+
+def frames(args):
+    """How much of their teachers the heads reconstruct: of clips as a whole, and of their course.
+
+    clips: of each clip its mean feature. course: of each frame what that mean leaves. What all
+    clips have in common at a frame's place is taken away from both, in student and teacher.
+    Squared errors over the teacher's variance: 0 is the teacher; 1 knows nothing of the clip.
+    recall: as in `show`, a mean over the clips in which the teacher hears a pitch."""
+    checkpoint = latest_checkpoint(args.model)
+    coat, experts, heads = load_heads(args, checkpoint, device_of(args, checkpoint))
+    source = open_source(args.data)
+    students, teachers = reconstruct(coat, experts, heads, source, args.batch)
+    n_clips = len(next(iter(students.values())))
+    if n_clips < 2:
+        raise InputError(f"{n_clips} of {len(source)} rows have audio that can be used; give two "
+                         "or more")
+
+    results = {}
+    print(f"{n_clips} of {len(source)} rows have audio that can be used\n"
+          "unexplained: share of the variance that a head misses\n"
+          f"{'':8}{'clips':>8}{'course':>8}")
+    for task in heads:
+        clips, course = unexplained(students[task], teachers[task])
+        results[task] = {"clips": clips, "course": course}
+        line = f"{task:8}{clips:8.2f}{course:8.2f}"
+        if task == "pitch":
+            recalls = [pitch_recall(z_hat, z, experts[task])
+                       for z_hat, z in zip(students[task], teachers[task])]
+            heard = [recall for recall in recalls if recall is not None]
+            results[task]["recall"] = float(np.mean(heard)) if heard else None
+            line += f"   recall {np.mean(heard):.2f}" if heard else "   no pitch"
+        print(line)
+    print(json.dumps({"model": args.model, "data": args.data, "clips": n_clips,
+                      "results": results}))
+
+
+@torch.no_grad()
+def reconstruct(coat, experts, heads, source, batch_size):
+    """({task: [(L, E)]} of the heads, the same of their teachers): the features of each clip that
+    can be used; the others are named."""
+    for _, reason in source.skipped:
+        print(f"skipped: {reason}")
+    usable = [i for i in usable_rows(source).tolist() if source.lengths[i] > 0]
+    rates = {expert.sample_rate for expert in experts.values()}
+    students = {task: [] for task in heads}
+    teachers = {task: [] for task in heads}
+    for start in range(0, len(usable), batch_size):
+        rows = [Rows(source)[i] for i in usable[start:start + batch_size]]
+        batch = to_device(collate(rows, coat.spec, rates), coat.hf.device)
+        for reason in batch["skipped"]:
+            print(f"skipped: {reason}")
+        if not batch["rows"]:
+            continue
+        out = coat(batch)
+        targets = teacher_targets(experts, batch) | {"recon": out.audio_embeds.float()}
+        for task, head in heads.items():
+            z_hat = head(out.think_states.float(), out.valid)    # (B, L, E)
+            for b, n_audio in enumerate(batch["n_audio"].tolist()):
+                students[task].append(z_hat[b, :n_audio])
+                teachers[task].append(targets[task][b, :n_audio])
+    return students, teachers
+
+
+def unexplained(students, teachers):
+    """(of the clips' means, of their course): squared error over the teacher's variance.
+
+    students, teachers    [features of a clip (L, E)], L as it is in each"""
+    parts = zip(means_and_course(students), means_and_course(teachers))
+    return tuple(((z_hat - z).square().nansum() / z.square().nansum()).item() for z_hat, z in parts)
+
+
+def means_and_course(clips):
+    """[(L, E)] -> (B, 1, E) and (B, L, E), NaN where a clip has ended. Their sum is the features
+    without what all clips have in common at a frame's place."""
+    z = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=math.nan)
+    z = z - z.nanmean(0)
+    means = z.nanmean(1, keepdim=True)
+    return means, z - means
+
+
+# --------------------------------------------------------------------------------------------------
 # probe
 
 def probe(args):
@@ -1534,8 +1617,8 @@ def build_parser():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for run, add_flags in (
-            (ask, ask_flags), (score, score_flags), (show, show_flags), (probe, probe_flags),
-            (compare, compare_flags), (merge, merge_flags)):
+            (ask, ask_flags), (score, score_flags), (show, show_flags), (frames, frames_flags),
+            (probe, probe_flags), (compare, compare_flags), (merge, merge_flags)):
         p = commands.add_parser(
             run.__name__, help=run.__doc__.splitlines()[0], description=run.__doc__,
             usage="%(prog)s [flags], see %(prog)s --help")
@@ -1619,10 +1702,22 @@ def show_flags(add):
     add("clip", help="audio file: wav, flac, ogg or mp3")
     add("--question", default="Describe the audio.", help="the block comes after it (%(default)s)")
     add("--out", default="show.png", help="(%(default)s)")
+    teacher_flags(add)
+    add("--sound-names", metavar="FILE", help="class_labels_indices.csv of AudioSet")
+
+
+def teacher_flags(add):
     for name in EXPERTS:
         add(f"--teacher-{name}", metavar="FILE", help="its checkpoint, if not the one of the run")
     add("--random-teachers", action="store_true", help="as in train.py, for tests")
-    add("--sound-names", metavar="FILE", help="class_labels_indices.csv of AudioSet")
+
+
+def frames_flags(add):
+    model_flags(add)
+    add("--data", required=True, help="rows with audio: a manifest, or tones[:KINDS[:ROWS OF "
+        "EACH]]; all their features are kept in memory, so a hundred rows or so")
+    add("--batch", type=COUNT, default=16, help="rows at once (%(default)s)")
+    teacher_flags(add)
 
 
 def probe_flags(add):

@@ -2684,6 +2684,52 @@ def test_show_says_what_it_draws(trained, tmp_path):
     assert 0 <= told["pitch_recall"] <= 1
 
 
+def test_frames_tell_a_clip_from_its_course():
+    teachers = list(torch.randn(6, 9, 4) + 3 * torch.randn(6, 1, 4))    # each clip a mean of its own
+    common = torch.randn(9, 4)
+    without_course = [z.mean(0).expand(9, 4) for z in teachers]
+    for students, expected in (
+            (teachers, (0, 0)),
+            ([z + common for z in teachers], (0, 0)),    # known without hearing the clip
+            ([common for _ in teachers], (1, 1)),
+            (without_course, (0, 1))):
+        found = infer.unexplained(students, teachers)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_frames_take_clips_of_several_lengths():
+    teachers = [torch.randn(n, 4) for n in (2, 5, 9, 9)]
+    np.testing.assert_allclose(infer.unexplained(teachers, teachers), (0, 0), atol=1e-6)
+    silent = [torch.zeros_like(z) for z in teachers]
+    np.testing.assert_allclose(infer.unexplained(silent, teachers), (1, 1), atol=1e-6)
+
+
+def test_frames_are_those_of_show_whatever_the_batch(trained, tmp_path):
+    path = write(tmp_path / "rows.jsonl", "".join(
+        json.dumps({"audio": str(audio), "prompt": "Which?", "response": "A"}) + "\n"
+        for audio in (trained.clip, HERE / "assets/clips/cow.flac", tmp_path / "none.wav")))
+    together, alone = [
+        last_json(run("infer.py", "frames", trained.folder, "--data", path, "--batch", n))
+        for n in (4, 1)]
+    assert together["clips"] == 2
+    assert list(together["results"]) == ["recon", "pitch"]
+    for task, found in together["results"].items():
+        assert 0 <= found["clips"] and 0 <= found["course"]
+        np.testing.assert_allclose(list(found.values()), list(alone["results"][task].values()),
+                                   rtol=1e-3)
+    shown = [
+        last_json(run("infer.py", "show", trained.folder, audio, "--question", "Which?", "--out",
+                      tmp_path / "show.png"))["pitch_recall"]
+        for audio in (trained.clip, HERE / "assets/clips/cow.flac")]
+    np.testing.assert_allclose(together["results"]["pitch"]["recall"],
+                               np.mean([recall for recall in shown if recall is not None]))
+
+
+def test_frames_of_one_clip_say_nothing(trained):
+    assert "give two or more" in run("infer.py", "frames", trained.folder, "--data",
+                                     "tones:note:1", fails=True)
+
+
 def test_pitch_recall_shows_a_head_that_collapses_to_all_zero():
     pitch = SimpleNamespace(readout=lambda z: z)
     z = torch.full((5, 264), -6.0)
