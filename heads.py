@@ -5,8 +5,8 @@
     >>> heads.calibrate("speech", clips)    # [(L, 768)] of the teacher: the scale of the loss
     >>> heads(think_states, valid, {"recon": z_recon, "speech": z_speech})    # {term: loss}
 
-Every loss is given relative to the best constant answer: 1.0 is an answer that ignores the audio,
-0.0 is the teacher itself. That is also what "compensates for differences in output scale"
+Every loss is given relative to the best constant answer: 1.0 is that answer, 0.0 the teacher
+itself. Less than 1.0 does not say that frames are heard, see infer.py frames. That is also what "compensates for differences in output scale"
 (appendix A).
 """
 import functools

@@ -999,9 +999,9 @@ def report(args, model, answers, ratings, skipped, normalise):
 def show(args):
     """What each head reconstructs beside what its teacher hears, as a picture (figure 4).
 
-    unexplained: a loss over that of the best constant answer; 0 is the teacher itself, 1 ignores
-    the audio. recall: of the frames and bins where the teacher hears a pitch (contour above 0.3),
-    the share where the head does."""
+    unexplained: a loss over that of the best constant answer; 0 is the teacher itself.
+    recall: of the frames and bins where the teacher hears a pitch (contour above 0.3), the share
+    where the head does."""
     figure = need("matplotlib.figure", "matplotlib")
     wave, rate = read_clip(args.clip, args.start, args.end)
     sound_names = read_sound_names(args.sound_names) if args.sound_names else []
@@ -1039,7 +1039,7 @@ def show(args):
             left.set_title(title, fontsize=9, loc="left")    # its first line is as wide as both
             right.set_title(type(expert).__name__ if expert else "the audio tower", fontsize=9)
     fig.savefig(args.out, format="png")
-    print("unexplained: share of the best constant answer's loss; 0: the teacher, 1: ignores audio")
+    print("unexplained: share of the best constant answer's loss; 0 is the teacher itself")
     print(json.dumps(told | {"picture": args.out}))
 
 
