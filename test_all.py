@@ -2685,7 +2685,8 @@ def test_show_says_what_it_draws(trained, tmp_path):
 
 
 def test_frames_tell_a_clip_from_its_course():
-    teachers = list(torch.randn(6, 9, 4) + 3 * torch.randn(6, 1, 4))    # each clip a mean of its own
+    means = 3 * torch.randn(6, 1, 4)
+    teachers = list(means + torch.randn(6, 9, 4))
     common = torch.randn(9, 4)
     without_course = [z.mean(0).expand(9, 4) for z in teachers]
     for students, expected in (
