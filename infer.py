@@ -198,6 +198,13 @@ def batches(coat, source, rows, args, think, text_think=False):
         yield to_device(batch, coat.hf.device)
 
 
+def rows_with_audio(source):
+    """[number of a row that can be used and has audio]; those that cannot are named."""
+    for _, reason in source.skipped:
+        print(f"skipped: {reason}")
+    return [i for i in usable_rows(source).tolist() if source.lengths[i] > 0]
+
+
 def longest_first(coat, source, rows, args, skipped, think, text_think=False):
     """Batches of these rows, the longest first: what does not fit in memory fails at once. A row
     that turns out to be unreadable is named and added to `skipped`."""
@@ -1170,9 +1177,9 @@ def frames(args):
     clips have in common at a frame's place is taken away from both, in student and teacher.
     Squared errors over the teacher's variance: 0 is the teacher; 1 knows nothing of the clip.
     recall: as in `show`, a mean over the clips in which the teacher hears a pitch."""
+    source = open_source(args.data)    # before the model, which takes its time
     checkpoint = latest_checkpoint(args.model)
     coat, experts, heads = load_heads(args, checkpoint, device_of(args, checkpoint))
-    source = open_source(args.data)
     students, teachers = reconstruct(coat, experts, heads, source, args.batch)
     n_clips = len(next(iter(students.values())))
     if n_clips < 2:
@@ -1202,9 +1209,7 @@ def frames(args):
 def reconstruct(coat, experts, heads, source, batch_size):
     """({task: [(L, E)]} of the heads, the same of their teachers): the features of each clip that
     can be used; the others are named."""
-    for _, reason in source.skipped:
-        print(f"skipped: {reason}")
-    usable = [i for i in usable_rows(source).tolist() if source.lengths[i] > 0]
+    usable = rows_with_audio(source)
     rates = {expert.sample_rate for expert in experts.values()}
     students = {task: [] for task in heads}
     teachers = {task: [] for task in heads}
@@ -1255,9 +1260,7 @@ def probe(args):
     figure = need("matplotlib.figure", "matplotlib") if args.plot else None
     device = device_of(args, *args.models)
     source = open_source(args.data)
-    for _, reason in source.skipped:
-        print(f"skipped: {reason}")
-    usable = [i for i in usable_rows(source).tolist() if source.lengths[i] > 0]
+    usable = rows_with_audio(source)
     print(f"{len(usable)} of {len(source)} rows have audio that can be used")
     print("think: mean of the thinking states; pre-gen: state before the answer, at which token\n"
           "rho: Spearman's, between the probe's confidence in the true label and right answers")
