@@ -1017,7 +1017,7 @@ def show(args):
 
     row = {"wave": wave, "rate": rate, "prompt": args.question, "response": ""}
     rates = {expert.sample_rate for expert in experts.values()}
-    batch = to_device(collate([row], coat.spec, rates), coat.hf.device)
+    batch = to_device(collate([row], coat.spec, rates, coat.think), coat.hf.device)
     if batch["skipped"]:
         raise batch["skipped"][0]
     fig = figure.Figure(figsize=(9, 2.4 * len(heads)), dpi=80, layout="constrained")
@@ -1100,8 +1100,7 @@ def load_heads(args, checkpoint, device):
     names = {key.split(".")[0] for key in weights}    # of "recon.out.weight"
     tasks = [task for task in ("recon", *EXPERTS) if task in names]
     if not tasks:
-        what = "experts" if read_coat_json(checkpoint)["think"] else "the thinking block"
-        raise InputError(f"'{args.model}' was trained without {what}; there is no head to show")
+        raise InputError(f"'{args.model}' was trained without experts; there is no head to show")
     experts = {}
     random = args.random_teachers or flags["random_teachers"]
     for task in tasks:
@@ -1215,7 +1214,7 @@ def reconstruct(coat, experts, heads, source, batch_size):
     teachers = {task: [] for task in heads}
     for start in range(0, len(usable), batch_size):
         rows = [Rows(source)[i] for i in usable[start:start + batch_size]]
-        batch = to_device(collate(rows, coat.spec, rates), coat.hf.device)
+        batch = to_device(collate(rows, coat.spec, rates, coat.think), coat.hf.device)
         for reason in batch["skipped"]:
             print(f"skipped: {reason}")
         if not batch["rows"]:
@@ -1510,7 +1509,7 @@ def results_of_predictions(path, run, lines):
     """Of answers that are right or wrong; transcripts and captions are not."""
     known = known_of_run(os.path.dirname(str(run.get("model"))))
     result = known["result"]
-    if run.get("think") is not True and "+" in result["arm"]:
+    if run.get("think") is not True and not known["flags"]["no_think"]:
         result["arm"] += ", asked without the block"
     right = {}    # {task: [is the answer right?]}
     for number, line in enumerate(lines, 2):
@@ -1536,11 +1535,14 @@ def known_of_run(run):
 
 def arm_of(flags):
     """What a run was trained with, in the words of table 4; flags that are not the usual ones."""
-    if flags["no_think"]:
-        return "fine-tuning"
     experts = ",".join(stage.split(":")[1] for stage in flags["stage"])
     names = dict.fromkeys(name.split("=")[0] for name in experts.split(","))
-    arm = "+ " + (", ".join(name for name in names if name != "none") or "block")
+    names.pop("none", None)
+    if flags["no_think"] and not names:
+        return "fine-tuning"
+    arm = "+ " + (", ".join(names) or "block")
+    if flags["no_think"]:
+        arm += ", no block"
     if flags["head"] != "transformer":
         arm += f", {flags['head']} heads"
     if "pitch" in names and flags["w_pitch_aux"] != 1:

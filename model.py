@@ -395,7 +395,8 @@ class Memory:
 
 
 class Output(NamedTuple):
-    think_states: torch.Tensor    # (B, L, D) final-layer states at the thinking tokens, H_think
+    think_states: torch.Tensor    # (B, L, D) final-layer states at the thinking tokens, H_think;
+                                  # of a model without the block at the audio tokens
     audio_embeds: torch.Tensor    # (B, L, D) what the LM consumed there, x_A; no gradient
     valid: torch.Tensor           # (B, L) which of these are real
     ce_sum: torch.Tensor          # () sum of the cross-entropy over the response tokens
@@ -487,8 +488,8 @@ class CoAT(nn.Module):
     def forward(self, batch):
         """-> Output. Logits, the larger half at 156,032 ids, are computed at the response alone."""
         h, embeds = self.states(batch, use_cache=False)    # (B, T, D) each
-        n_think = batch["think_mask"].sum(1)               # n_audio, or 0 without the block
-        think_states, valid = pad_rows(h[batch["think_mask"]], n_think)
+        at = batch["think_mask"] if self.think else batch["audio_mask"]    # the control
+        think_states, valid = pad_rows(h[at], at.sum(1))
         audio_embeds, _ = pad_rows(embeds.detach()[batch["audio_mask"]], batch["n_audio"])
         targets = batch["labels"][:, 1:]
         is_target = targets != IGNORE

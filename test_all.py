@@ -349,6 +349,16 @@ def test_without_the_block_there_are_no_thinking_states(coat, rows):
     assert out.ce_sum > 0 and out.audio_embeds.any()
 
 
+def test_control_without_the_block_has_the_states_at_the_audio_tokens(coat, rows, monkeypatch):
+    monkeypatch.setattr(coat, "think", False)
+    batch = build_inputs(coat, *rows, think=False)
+    with torch.no_grad():
+        out = coat(batch)
+        h, _ = coat.states(batch, use_cache=False)
+    assert torch.equal(out.valid.sum(1), batch["n_audio"])
+    assert torch.equal(out.think_states[out.valid], h[batch["audio_mask"]])
+
+
 def test_two_clips_give_different_logits_for_the_same_ids(coat):
     first = build_inputs(coat, [noise(1.0, 1)], ["Which?"])
     second = build_inputs(coat, [noise(1.0, 2)], ["Which?"])
@@ -1961,6 +1971,18 @@ def test_no_term_begins_a_stage_far_above_the_best_constant_answer(trained, all_
             assert max(line[term] for term in terms) < 3, (folder, line)
 
 
+def test_experts_without_the_block_are_a_control_that_compare_names(tmp_path):
+    out = tmp_path / "run"
+    run("train.py", *QUICK, "--no-think", "--stage", "2:recon,pitch", "--out", out)
+    first, second = log_lines(out)
+    assert all(0 < second[term] != first[term] > 0 for term in ("recon", "pitch"))
+    frames = last_json(run("infer.py", "frames", out, "--data", "tones:note:2"))["results"]
+    assert set(frames) == {"recon", "pitch"}
+    run("infer.py", "score", out, "tones:note:2", *SCORE, "--out", tmp_path / "predictions")
+    printed = run("infer.py", "compare", tmp_path / "predictions")
+    assert "+ recon, pitch, no block  " in printed
+
+
 def test_loss_weighs_the_terms_of_its_stage(tmp_path):
     run("train.py", *QUICK, "--stage", "2:recon=0.5,pitch=2:1e-3", "--stage", "1:recon",
         "--w-pitch-aux", 0.25, "--out", tmp_path)
@@ -2456,7 +2478,8 @@ def test_compare_says_where_the_block_was_left_out(scored, tmp_path):
 
 
 @pytest.mark.parametrize("changes, arm", [
-    ({"no_think": True}, "fine-tuning"), ({"stage": ["3:none"]}, "+ block"),
+    ({"no_think": True, "stage": ["3:none"]}, "fine-tuning"), ({"stage": ["3:none"]}, "+ block"),
+    ({"no_think": True, "stage": ["3:pitch"]}, "+ pitch, no block"),
     ({"stage": ["3:recon=0.3", "4:recon,pitch=2:1e-3"]}, "+ recon, pitch"),
     ({"stage": ["3:recon"], "head": "linear", "focal_gamma": 0}, "+ recon, linear heads"),
     ({"stage": ["3:pitch"], "focal_gamma": 0, "w_pitch_aux": 9.0}, "+ pitch, w_aux 9, gamma 0")])
@@ -2525,9 +2548,9 @@ def test_what_a_folder_says_of_the_block_is_what_its_model_says(trained, merged,
         assert infer.known_of(name)["think"] == infer.load_model(name, "cpu").think
 
 
-def test_show_says_that_a_run_without_the_block_has_no_heads(no_block, trained):
+def test_show_says_that_a_run_without_experts_has_no_heads(no_block, trained):
     error = run("infer.py", "show", no_block, trained.clip, fails=True)
-    assert "trained without the thinking block" in error
+    assert "trained without experts" in error
 
 
 def test_real_backbone_is_not_loaded_onto_a_cpu_by_accident(trained, monkeypatch):
@@ -3838,7 +3861,6 @@ def test_step_that_will_not_fit_in_memory_ends_a_run_before_its_first(tmp_path, 
     ("train.py", "--workers -1", "--workers: '-1' is no whole number from 0 to"),
     ("train.py", "--device meta", "give cpu or cuda"),
     ("train.py", "--init-from nowhere", "nowhere"),
-    ("train.py", "--stage 3:recon --no-think", "without the thinking block"),
     ("train.py", "--focal-gamma 0.5", "give 0, or a number from 1"),
     ("infer.py", "ask tiny missing.wav --question ?", "missing.wav"),
     ("infer.py", "ask nowhere x.wav --question ?", "no file"),

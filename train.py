@@ -94,8 +94,9 @@ def build_parser(**kwargs):
         "a new optimizer: other data or flags for a further stage")
     add("--stage", action="append", help="once a stage, STEPS:EXPERTS[:LR], an expert with its "
         "weight: 500:recon,pitch=0.5:2e-4; or all, or none; None: 100000:recon and 100000:all")
-    add("--no-think", action="store_true", help="no thinking block, so no experts: plain "
-        "fine-tuning, the first row of table 4")
+    add("--no-think", action="store_true", help="no thinking block, and without --stage no "
+        "experts: plain fine-tuning, the first row of table 4; experts that --stage names stand on "
+        "the audio tokens' own states, a control")
     add("--w-pitch-aux", type=real(0, 10 ** 9), default=1.0,
         help="of the focal-BCE inside L_pitch (3.3.2)")
     add("--focal-gamma", type=real(0, 100), default=2.0,
@@ -251,9 +252,6 @@ def parse_stage(text, args):
             f"--stage {text}: {e}; give STEPS:EXPERTS or STEPS:EXPERTS:LR with EXPERTS from "
             f"{','.join(EVERY_EXPERT)}, each perhaps with a weight as in pitch=0.5, or all, or "
             "none") from e
-    if args.no_think and task_weights:
-        raise InputError(f"--stage {text}: without the thinking block there is nothing for experts "
-                         f"to teach; give {steps}:none with --no-think")
     weights = {}
     for task, weight in task_weights.items():
         for term in terms(task):
