@@ -1,6 +1,6 @@
 """Trains adapters, token rows and projection heads, stage by stage (section 3.4, appendix A).
 
-    python train.py --backbone tiny                     # a laptop, two minutes, no download
+    python train.py --backbone tiny                     # two to three minutes, no download
     python train.py --resume runs/tiny                  # goes on after the last checkpoint
     torchrun --nproc-per-node 4 train.py --backbone qwen2-audio --data mixture.json    # four GPUs
 
