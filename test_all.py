@@ -5065,7 +5065,7 @@ def soon(*args):
 
 def ended(*processes, status=0):
     for process in processes:
-        process.join(180)
+        process.join(300)
         process.kill()    # if it hangs
         assert process.exitcode == status, open(process.log).read()[-2000:]
 
@@ -5113,7 +5113,9 @@ def learning(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "learned"
     flags = ["--data", "tones:louder,note", "--stage", "40:recon", "--stage", "20:recon,pitch",
              "--heldout", 40, "--calibrate", 16, "--workers", 2, "--out", folder]
-    return soon(train, f"{folder}.log", *flags), folder
+    starting = soon(train, f"{folder}.log", *flags)
+    yield starting, folder
+    starting.result().kill()    # if the tests end before it
 
 
 @pytest.fixture(scope="session")
@@ -5122,7 +5124,9 @@ def all_five(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "all_five"
     flags = [*QUICK, "--stage", "2:all", "--batch", 2, "--calibrate", 2, "--random-teachers",
              "--out", folder]
-    return soon(train, f"{folder}.log", *flags), folder
+    starting = soon(train, f"{folder}.log", *flags)
+    yield starting, folder
+    starting.result().kill()    # if the tests end before it
 
 
 @pytest.fixture(scope="session")
