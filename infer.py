@@ -1567,17 +1567,21 @@ def plot_arms(figure, means, path):
             lines.setdefault(task, {}).setdefault(arm, []).append((int(number[1]), mean, half))
     if not lines:
         raise InputError("--plot needs data whose names end in numbers, such as tones:note:28")
-    fig = figure.Figure(figsize=(1 + 4 * len(lines), 3.2), dpi=90, layout="constrained")
+    fig = figure.Figure(figsize=(1 + 4 * len(lines), 3.5), dpi=90, layout="constrained")
+    arms = list(dict.fromkeys(arm for _, _, arm in means))
+    drawn = {}    # {arm: its line}
     for axis, task in zip(fig.subplots(1, len(lines), squeeze=False)[0], lines):
-        for k, (arm, points) in enumerate(lines[task].items()):
+        for arm, points in lines[task].items():
+            k = arms.index(arm)
             numbers, values, halves = np.transpose(sorted(points))
             apart = 1.04 ** k    # so that intervals do not hide each other
-            axis.errorbar(numbers * apart, values, halves, marker="o", markersize=3, label=arm)
+            drawn[arm] = axis.errorbar(numbers * apart, values, halves, marker="o", markersize=3,
+                                       color=f"C{k}")
         ticks = sorted({number for points in lines[task].values() for number, _, _ in points})
         axis.set(xscale="log", xlabel="labelled clips", ylabel="right answers, %", title=task)
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
-        axis.legend(fontsize=8)
+    fig.legend(drawn.values(), drawn, loc="outside lower center", ncols=3, fontsize=8)
     fig.savefig(path, format="png")
 
 
