@@ -1953,8 +1953,8 @@ def test_command_that_training_ends_with_works(trained):
 
 
 def test_all_five_experts_train_together(all_five):
-    starting, folder = all_five
-    ended(starting.result())
+    process, folder = all_five
+    ended(process)
     first, second = log_lines(folder)
     for term in ("recon", "speech", "sound", "affect", "pitch", "pitch_aux"):
         assert 0 < second[term] != first[term] > 0
@@ -1963,7 +1963,7 @@ def test_all_five_experts_train_together(all_five):
 
 
 def test_no_term_begins_a_stage_far_above_the_best_constant_answer(trained, all_five, mixed_runs):
-    ended(all_five[0].result())
+    ended(all_five[0])
     for folder in (trained.folder, all_five[1], mixed_runs / "batch"):
         first = {line["stage"]: line for line in reversed(log_lines(folder))}
         for line in first.values():
@@ -3571,7 +3571,7 @@ def test_missing_teacher_stops_a_run_before_its_first_step(tmp_path):
 
 
 def test_random_teachers_of_a_run_are_announced(all_five):
-    process = all_five[0].result()
+    process, _ = all_five
     ended(process)
     assert open(process.log).read().count("RANDOM WEIGHTS") == 3
 
@@ -4927,15 +4927,15 @@ def predictions(path):
 
 
 @pytest.fixture(scope="session")
-def trained(learning):
+def trained(tmp_path_factory, all_five):
     """A run long enough to learn two kinds of question."""
-    starting, folder = learning
-    process = starting.result()
-    ended(process)
+    folder = tmp_path_factory.mktemp("runs") / "learned"
+    printed = run("train.py", "--data", "tones:louder,note", "--stage", "40:recon",
+                  "--stage", "20:recon,pitch", "--out", folder, "--heldout", 40, "--calibrate", 16,
+                  "--workers", 2)
     clip, = folder.glob("*.wav")
     heldout = json.loads((folder / "heldout.json").read_text())
-    return SimpleNamespace(folder=folder, printed=open(process.log).read(), heldout=heldout,
-                           clip=clip)
+    return SimpleNamespace(folder=folder, printed=printed, heldout=heldout, clip=clip)
 
 
 @pytest.fixture(scope="session")
@@ -5029,14 +5029,8 @@ PROCESSES.set_forkserver_preload(["test_all"])
 
 
 @pytest.fixture(scope="session", autouse=True)
-def beside(request):
-    """What takes long goes on beside the first tests: the imports of the server, and two runs where
-    a test asks for them."""
-    multiprocessing.forkserver.ensure_running()
-    asked = {name for item in request.session.items for name in item.fixturenames}
-    for name in ("learning", "all_five"):
-        if name in asked:
-            request.getfixturevalue(name)
+def server():
+    multiprocessing.forkserver.ensure_running()    # it imports while the first tests run
 
 
 def child(target, log, args, env):
@@ -5058,14 +5052,9 @@ def start(target, log, *args, **env):
     return process
 
 
-def soon(*args):
-    """A future of `start`, which waits while the server imports."""
-    return ThreadPoolExecutor(1).submit(start, *args)
-
-
 def ended(*processes, status=0):
     for process in processes:
-        process.join(300)
+        process.join(60)
         process.kill()    # if it hangs
         assert process.exitcode == status, open(process.log).read()[-2000:]
 
@@ -5108,25 +5097,12 @@ def train_and_die(*args):
 
 
 @pytest.fixture(scope="session")
-def learning(tmp_path_factory):
-    """(future process, folder) of the run `trained`."""
-    folder = tmp_path_factory.mktemp("runs") / "learned"
-    flags = ["--data", "tones:louder,note", "--stage", "40:recon", "--stage", "20:recon,pitch",
-             "--heldout", 40, "--calibrate", 16, "--workers", 2, "--out", folder]
-    starting = soon(train, f"{folder}.log", *flags)
-    yield starting, folder
-    starting.result().kill()    # if the tests end before it
-
-
-@pytest.fixture(scope="session")
 def all_five(tmp_path_factory):
-    """(future process, folder) of a run with all experts: 2 GB, and ten seconds."""
-    folder = tmp_path_factory.mktemp("runs") / "all_five"
-    flags = [*QUICK, "--stage", "2:all", "--batch", 2, "--calibrate", 2, "--random-teachers",
-             "--out", folder]
-    starting = soon(train, f"{folder}.log", *flags)
-    yield starting, folder
-    starting.result().kill()    # if the tests end before it
+    """(process, folder) of a run with all experts: 2 GB, and ten seconds beside `trained`."""
+    folder = tmp_path_factory.mktemp("all_five")
+    process = start(train, folder / "log", *QUICK, "--stage", "2:all", "--batch", 2,
+                    "--calibrate", 2, "--random-teachers", "--out", folder / "run")
+    return process, folder / "run"
 
 
 @pytest.fixture(scope="session")
