@@ -1,4 +1,4 @@
-"""What holds, as tests: on the CPU, without network, in three minutes on two cores.
+"""What holds, as tests: on the CPU, without network, in three to four minutes on two cores.
 
     python -m pytest -q test_all.py
     python -m pytest -q test_all.py -k "converter or mixture"
