@@ -6,8 +6,8 @@
     >>> heads(think_states, valid, {"recon": z_recon, "speech": z_speech})    # {term: loss}
 
 Every loss is given relative to the best constant answer: 1.0 is that answer, 0.0 the teacher
-itself. Less than 1.0 does not say that frames are heard, see infer.py frames. That is also what
-"compensates for differences in output scale" (appendix A).
+itself. That is also what "compensates for differences in output scale" (appendix A). Less than 1.0
+does not say that frames are heard, see infer.py frames.
 """
 import functools
 

@@ -1016,24 +1016,21 @@ def show(args):
     coat, experts, heads = load_heads(args, checkpoint, device_of(args, checkpoint))
 
     row = {"wave": wave, "rate": rate, "prompt": args.question, "response": ""}
-    rates = {expert.sample_rate for expert in experts.values()}
-    batch = to_device(collate([row], coat.spec, rates, coat.think), coat.hf.device)
+    batch = batch_with_waves(coat, experts, [row])
     if batch["skipped"]:
         raise batch["skipped"][0]
     fig = figure.Figure(figsize=(9, 2.4 * len(heads)), dpi=80, layout="constrained")
     axes = fig.subplots(len(heads), 2, squeeze=False)
     told = {"clip": args.clip, "model": args.model, "unexplained": {}, "drawn": {}}
     with torch.no_grad():
-        out = coat(batch)
-        think_states = out.think_states.float()    # (1, L, D)
-        targets = teacher_targets(experts, batch) | {"recon": out.audio_embeds.float()}
+        think_states, valid, targets = states_and_targets(coat, experts, batch)
         for task, (left, right) in zip(heads, axes):
             expert = experts.get(task)
-            z_hat = heads[task](think_states, out.valid)[0]    # (L, E)
+            z_hat = heads[task](think_states, valid)[0]    # (L, E)
             z = targets[task][0]
             draw(left, right, *pictures(task, z_hat, z, expert, sound_names), len(wave) / rate)
             measured = []
-            for term, loss in heads(think_states, out.valid, {task: targets[task]}).items():
+            for term, loss in heads(think_states, valid, {task: targets[task]}).items():
                 told["unexplained"][term] = loss.item() / int(batch["n_audio"])
                 measured.append(f"{term}: {told['unexplained'][term]:.2f} unexplained")
             if task == "pitch":
@@ -1123,6 +1120,19 @@ def load_heads(args, checkpoint, device):
     return coat, experts, heads
 
 
+def batch_with_waves(coat, experts, rows):
+    """Loaded rows -> a batch as in training, with what the teachers hear; see collate."""
+    rates = {expert.sample_rate for expert in experts.values()}
+    return to_device(collate(rows, coat.spec, rates, coat.think), coat.hf.device)
+
+
+def states_and_targets(coat, experts, batch):
+    """What the heads read (B, L, D), which of it is real (B, L), and {task: z_k (B, L, E)}."""
+    out = coat(batch)
+    targets = teacher_targets(experts, batch) | {"recon": out.audio_embeds.float()}
+    return out.think_states.float(), out.valid, targets
+
+
 def pictures(name, z_hat, z, expert, sound_names):
     """(student (K, L), teacher (K, L), {row: its name}) of features (L, E), as figure 4 shows them.
 
@@ -1181,12 +1191,12 @@ def frames(args):
     coat, experts, heads = load_heads(args, checkpoint, device_of(args, checkpoint))
     students, teachers = reconstruct(coat, experts, heads, source, args.batch)
     n_clips = len(next(iter(students.values())))
+    used = f"{n_clips} of {len(source)} rows have audio that can be used"
     if n_clips < 2:
-        raise InputError(f"{n_clips} of {len(source)} rows have audio that can be used; give two "
-                         "or more")
+        raise InputError(f"{used}; give two or more")
 
     results = {}
-    print(f"{n_clips} of {len(source)} rows have audio that can be used\n"
+    print(f"{used}\n"
           "unexplained: share of the variance that a head misses\n"
           f"{'':8}{'clips':>8}{'course':>8}")
     for task in heads:
@@ -1197,8 +1207,8 @@ def frames(args):
             recalls = [pitch_recall(z_hat, z, experts[task])
                        for z_hat, z in zip(students[task], teachers[task])]
             heard = [recall for recall in recalls if recall is not None]
-            results[task]["recall"] = float(np.mean(heard)) if heard else None
-            line += f"   recall {np.mean(heard):.2f}" if heard else "   no pitch"
+            results[task]["recall"] = recall = float(np.mean(heard)) if heard else None
+            line += "   no pitch" if recall is None else f"   recall {recall:.2f}"
         print(line)
     print(json.dumps({"model": args.model, "data": args.data, "clips": n_clips,
                       "results": results}))
@@ -1209,20 +1219,18 @@ def reconstruct(coat, experts, heads, source, batch_size):
     """({task: [(L, E)]} of the heads, the same of their teachers): the features of each clip that
     can be used; the others are named."""
     usable = rows_with_audio(source)
-    rates = {expert.sample_rate for expert in experts.values()}
     students = {task: [] for task in heads}
     teachers = {task: [] for task in heads}
     for start in range(0, len(usable), batch_size):
         rows = [Rows(source)[i] for i in usable[start:start + batch_size]]
-        batch = to_device(collate(rows, coat.spec, rates, coat.think), coat.hf.device)
+        batch = batch_with_waves(coat, experts, rows)
         for reason in batch["skipped"]:
             print(f"skipped: {reason}")
         if not batch["rows"]:
             continue
-        out = coat(batch)
-        targets = teacher_targets(experts, batch) | {"recon": out.audio_embeds.float()}
+        think_states, valid, targets = states_and_targets(coat, experts, batch)
         for task, head in heads.items():
-            z_hat = head(out.think_states.float(), out.valid)    # (B, L, E)
+            z_hat = head(think_states, valid)    # (B, L, E)
             for b, n_audio in enumerate(batch["n_audio"].tolist()):
                 students[task].append(z_hat[b, :n_audio])
                 teachers[task].append(targets[task][b, :n_audio])

@@ -4177,11 +4177,13 @@ def test_run_stopped_by_a_signal_saves_and_goes_on(tmp_path, monkeypatch, number
         os.kill(os.getpid(), number)
 
     inherited = signal.signal(number, signal.SIG_DFL)    # SIGINT is ignored in a shell's background
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", stopping)
-        printed = run("train.py", *QUICK, "--stage", "4:recon", "--save-every", 2,
-                      "--out", tmp_path)
-    signal.signal(number, inherited)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", stopping)
+            printed = run("train.py", *QUICK, "--stage", "4:recon", "--save-every", 2,
+                          "--out", tmp_path)
+    finally:
+        signal.signal(number, inherited)
     assert "stopped after step 2; go on with" in printed
     run("train.py", "--resume", tmp_path)
     assert logged(tmp_path, "step") == [1, 2, 3, 4]
