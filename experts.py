@@ -3,7 +3,7 @@
 speech: SpidR; sound: PANNs Cnn14_DecisionLevelMax; affect: emotion2vec; pitch: basic-pitch.
 
     python experts.py --check    # what is here, what is missing, seconds per clip
-    python experts.py --check --teacher-speech spidr_base.pt    # the same with a file of yours
+    python experts.py --check --expert-speech spidr_base.pt    # the same with a file of yours
 
     >>> import experts, torch, torchaudio
     >>> expert = experts.load("pitch")
@@ -25,18 +25,12 @@ Constants of a network are those of its authors' repository, its `source`.
 Shapes: B batch, N samples, F frames, E teacher dim, D hidden, H heads.
 """
 import argparse
-import contextlib
-import hashlib
-import http.client
 import math
 import os
 import re
-import shutil
 import sys
 import time
-import urllib.request
 import warnings
-import zipfile
 
 import numpy as np
 import torch
@@ -55,21 +49,11 @@ class ExpertUnavailable(RuntimeError):
     """A teacher's weights are missing, damaged or another's; the message says what to do."""
 
 
-def resample_frames(z, n, frame_rate=None, offset=None):
+def resample_frames(z, n, frame_rate, offset):
     """Teacher frames (F, E) -> (n, E) at 25 Hz. Row i is the mean of the frames centred in
     [i/25, (i+1)/25) s or, if there is none (slow teachers, edges), the one nearest its middle.
 
-    frame_rate: Hz; without it the F frames are spread evenly over the n tokens.
-    offset: centre of frame 0 in seconds (default: half a frame).
-    Sums run in float64, so a constant stays exactly that. ValueError if F or n is 0."""
-    if z.ndim != 2 or len(z) == 0 or n < 1:
-        raise ValueError("resample_frames needs (F, E) with F > 0 and n > 0, "
-                         f"got {tuple(z.shape)} and n = {n}")
-    if frame_rate is None:
-        frame_rate = TOKEN_RATE * len(z) / n
-        offset = None
-    if offset is None:
-        offset = 0.5 / frame_rate
+    offset: centre of frame 0 in seconds. Sums run in float64, so a constant stays exactly that."""
     tokens = torch.arange(n, dtype=torch.float64, device=z.device)
     frames = torch.arange(len(z), dtype=torch.float64, device=z.device)
 
@@ -87,31 +71,12 @@ def resample_frames(z, n, frame_rate=None, offset=None):
 
 
 def unwrap(checkpoint):
-    """{official name: tensor} of a checkpoint, however nested and prefixed. ValueError if it is
-    no dict."""
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dict of tensors")
-    for _ in range(8):  # there is no end to one that contains itself
-        inner = [checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), dict)]
-        if not inner:
-            break
-        checkpoint = inner[0]
-    return {str(key).removeprefix("module."): torch.as_tensor(value)
-            for key, value in checkpoint.items() if isinstance(value, (torch.Tensor, np.ndarray))}
-
-
-def fault_of(tensor, shape):
-    """Why a tensor of a checkpoint, or None, cannot be a weight of this shape; None if it can."""
-    if tensor is None:
-        return "is missing"
-    if tensor.shape != shape:
-        return f"is {tuple(tensor.shape)}, not {tuple(shape)}"
-    dense = tensor.layout == torch.strided and not tensor.is_meta
-    if not dense or not tensor.is_floating_point():
-        return f"is {tensor.dtype} {tensor.layout} on {tensor.device}, not dense floats"
-    if not tensor.float().sum().isfinite():  # one pass, no memory
-        return "has NaN or infinity"
-    return None
+    """{official name: tensor} of a checkpoint, however nested and prefixed."""
+    for key in WRAPPERS:
+        if isinstance(checkpoint.get(key), dict):
+            return unwrap(checkpoint[key])
+    return {key.removeprefix("module."): torch.as_tensor(value) for key, value in checkpoint.items()
+            if isinstance(value, (torch.Tensor, np.ndarray))}
 
 
 class Expert(nn.Module):
@@ -151,16 +116,9 @@ class Expert(nn.Module):
 
     def prepare(self, wave):
         """The wave (N,) checked, on the teacher's device, standardised and padded."""
-        fault = None
-        if not torch.is_tensor(wave):
-            fault = type(wave)
-        elif wave.ndim != 1 or wave.dtype != torch.float32 or len(wave) == 0:
-            fault = f"{wave.dtype} {tuple(wave.shape)}"
-        elif not wave.isfinite().all():
-            fault = "NaN or infinity"
-        if fault:
+        if wave.ndim != 1 or wave.dtype != torch.float32 or not len(wave) or wave.isnan().any():
             raise ValueError(f"{type(self).__name__} takes a wave (N,) of float32 at "
-                             f"{self.sample_rate} Hz, not {fault}")
+                             f"{self.sample_rate} Hz without NaN, not {wave.dtype} {wave.shape}")
         wave = wave.to(next(self.parameters(), wave).device)  # some have no parameters
         if self.standardise:
             wave = F.layer_norm(wave, wave.shape)
@@ -178,29 +136,31 @@ class Expert(nn.Module):
     @classmethod
     def from_state_dict(cls, sd, **options):
         """The frozen teacher from an official checkpoint. Extra keys are ignored; those that are
-        missing, misshapen, not finite or no floats are named in one ValueError. Tensors are
-        adopted: a mapped file stays so."""
+        missing or misshapen are named in one ValueError."""
         sd = unwrap(sd)
-        sizes = cls.sizes(sd)
         with torch.device("meta"):  # no memory, no initialisation
-            module = cls(**sizes, **options)
-        found = {}
-        wrong = []
-        for key, value in module.state_dict().items():
-            name = module.official(key)
-            if key.endswith("num_batches_tracked"):
-                continue
-            fault = fault_of(sd.get(name), value.shape)
-            if fault:
-                wrong.append(f"{name} {fault}")
-            else:
-                found[key] = sd[name].float()
+            module = cls(**cls.sizes(sd), **options)
+        names = {key: module.official(key) for key in module.state_dict()
+                 if not key.endswith("num_batches_tracked")}
+        wrong = [name for key, name in names.items()
+                 if name not in sd or sd[name].shape != module.state_dict()[key].shape]
         if wrong:
-            total = len(wrong) + len(found)
-            raise ValueError(f"{cls.__name__}: {len(wrong)} of {total} tensors do not fit: "
-                             f"{'; '.join(wrong[:3])}")
-        module.load_state_dict(found, assign=True)
+            raise ValueError(f"{cls.__name__}: {len(wrong)} of {len(names)} tensors are missing or of "
+                             f"another shape: {', '.join(wrong[:3])}")
+        module.load_state_dict({key: sd[name].float() for key, name in names.items()}, assign=True)
         return module.freeze()
+
+
+class Recon(Expert):
+    """The backbone's own audio latents, what its language model consumes (3.3.1). They come with its
+    forward pass, `Output.audio_embeds`: there is no network here, and no wave is heard.
+
+    dim     width of the backbone"""
+    frame_rate = TOKEN_RATE
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
 
 
 class Block(nn.Module):
@@ -618,10 +578,6 @@ class Pitch(Expert):
         x = z.reshape(-1, z.shape[-2], 8, 264).transpose(1, 2)  # (B, 8, F, 264)
         return self.contour2(x).reshape(*z.shape[:-1], 264)
 
-    def contour(self, wave):
-        """(N,) -> (F, 264) pitch contour posteriorgram."""
-        return self.readout(self(wave)).sigmoid()
-
     @torch.no_grad()
     def notes(self, wave):
         """(N,) -> posteriorgrams contour (F, 264), note (F, 88) and onset (F, 88); the last two
@@ -633,102 +589,23 @@ class Pitch(Expert):
         return tuple(x[0, 0, :self.frames(len(wave))] for x in (contour, note, onset))
 
 
-EXPERTS = {"speech": SpeechUnits, "sound": SoundEvents, "affect": Affect, "pitch": Pitch}
+EXPERTS = {"recon": Recon, "speech": SpeechUnits, "sound": SoundEvents, "affect": Affect,
+           "pitch": Pitch}
 
 
-def locate(name):
-    """The path where a teacher's weights are or, if they are not here, would be put."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    folder = os.path.join(here, "assets")
-    if EXPERTS[name].url:
-        cache = os.path.join(torch.hub.get_dir(), "checkpoints")
-        folder = os.environ.get("COAT_CACHE") or cache
-    return os.path.join(folder, EXPERTS[name].filename)
-
-
-def no_link(path, flags):
-    """An opener for files in a cache, which others may share: it follows no symbolic link."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
-def version_of(answer):
-    """What a server calls this version of its file; empty if it does not say."""
-    return answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
-
-
-def fetch(url, part):
-    """Downloads what the file `part` lacks. PART.tag has its version: of another one, or of one
-    that has no name, all is fetched. OSError if it breaks off."""
-    with (open(part, "a+b", opener=no_link) as f,
-          open(part + ".tag", "a+", encoding="latin-1", opener=no_link) as tag):
-        tag.seek(0)
-        version = tag.readline().strip()
-        headers = {"User-Agent": "coat"}
-        have = 0
-        if version:
-            have = max(0, f.seek(0, os.SEEK_END) - 1)  # one byte again: the range is never empty
-            headers |= {"Range": f"bytes={have}-", "If-Range": version}
-        request = urllib.request.Request(url, headers=headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            if answer.status == 206:
-                rest = (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-")
-                if not rest or version_of(answer) != version:
-                    tag.truncate(0)
-                    raise OSError("its server sent a part of another file; try again, from the "
-                                  "first byte on")
-                f.truncate(have)
-            else:  # all of it, not the rest
-                f.truncate(0)
-                tag.truncate(0)
-                tag.write(version_of(answer))
-                tag.flush()
-            shutil.copyfileobj(answer, f, 2 ** 20)
-            if answer.length:
-                raise OSError(f"it broke off {answer.length} bytes early; try again")
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def check_fetched(name, part):
-    """ValueError unless a file that was fetched is whole and this teacher's."""
+def fetch(name):
+    """The path of a teacher's weights; what does not ship is fetched once. OSError, RuntimeError."""
     cls = EXPERTS[name]
-    with open(part, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    if cls.sha256 and digest != cls.sha256:
-        raise ValueError("what came has the wrong sha256")
-    try:
-        read(cls, part)
-    except ValueError as e:
-        raise ValueError(f"what came is another file: {e}") from e
-    if not cls.sha256:
-        print(f"{name}: what came has the sha256 {digest}; experts.py has none to compare it with",
-              file=sys.stderr)
-
-
-def download(name, path):
-    """Fetches a teacher's file to PATH.part and renames it once it is whole and can be read. A
-    download that broke off is resumed; processes that want the same file wait for the first.
-    ExpertUnavailable if it cannot be had."""
-    cls = EXPERTS[name]
-    part = path + ".part"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with FileLock(path + ".lock"):  # freed by the system, also after a crash
-            if not os.path.exists(path):
-                print(f"{name}: fetching {cls.url} to {path}", file=sys.stderr, flush=True)
-                fetch(cls.url, part)
-                os.remove(part + ".tag")  # whatever is wrong now, there is nothing to resume
-                check_fetched(name, part)
-                os.replace(part, path)
-    # NotImplementedError: a file system without locks
-    except (OSError, ValueError, NotImplementedError, http.client.HTTPException) as e:
-        reason = " ".join(str(e).split())[:300]
-        raise ExpertUnavailable(
-            f"{name}: {cls.filename} is not here and could not be fetched ({reason}): get it from "
-            f"{cls.url} and put it at {path}, or pass --teacher-{name} PATH; COAT_CACHE may name "
-            "another folder") from None
-    with contextlib.suppress(OSError):  # another process did, or still holds it
-        os.remove(path + ".lock")
+    if not cls.url:
+        return os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", cls.filename)
+    folder = os.environ.get("COAT_CACHE") or os.path.join(torch.hub.get_dir(), "checkpoints")
+    path = os.path.join(folder, cls.filename)
+    os.makedirs(folder, exist_ok=True)
+    with FileLock(path + ".lock"):    # the other ranks wait for the first
+        if not os.path.exists(path):
+            print(f"{name}: fetching {cls.url} to {path}", file=sys.stderr, flush=True)
+            torch.hub.download_url_to_file(cls.url, path, hash_prefix=cls.sha256)
+    return path
 
 
 def random_weights(cls, options):
@@ -742,30 +619,6 @@ def random_weights(cls, options):
     return module.freeze()
 
 
-def read(cls, file, **options):
-    """The frozen teacher from a file of weights, on the CPU. ValueError, one line, if it is
-    damaged or another's."""
-    try:
-        with open(file, "rb") as f:
-            start = f.read(16)
-        if not start.startswith((b"PK", b"\x80")):  # a zip archive or, before torch 1.6, a pickle
-            raise ValueError(f"it begins with {start}, as no file of weights does")
-        with warnings.catch_warnings(action="ignore"):  # what is wrong comes as an error
-            if file.removesuffix(".part").endswith(".npz"):
-                sd = dict(np.load(file))
-            else:
-                mapped = zipfile.is_zipfile(file)  # files of torch < 1.6 are not and cannot be
-                sd = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        expert = cls.from_state_dict(sd, **options)
-        if not expert(torch.ones(1)).isfinite().all():  # sizes at odds fail here too
-            raise ValueError("it gives NaN or infinity")
-        return expert
-    except Exception as e:  # a damaged file fails in as many ways as it has bytes
-        # Its first sentence: what follows in torch's is advice to trust the file.
-        reason = re.split(r"\. (?=[A-Z])", " ".join(str(e).split()))[0][:300]
-        raise ValueError(f"{type(e).__name__}: {reason}") from e
-
-
 def load(name, path=None, device="cpu", random=False, **options):
     """The frozen teacher `name` from the file `path` or the official one (cached, else fetched).
 
@@ -773,77 +626,66 @@ def load(name, path=None, device="cpu", random=False, **options):
     options: arguments of the teacher's class.
     ExpertUnavailable, one line, if it cannot be had."""
     cls = EXPERTS[name]
-    if cls.filename is None:
+    if cls.filename is None or random and cls.url:
+        if random:
+            warnings.warn(f"!!! {name}: RANDOM WEIGHTS, for tests and timing only: "
+                          "its output means nothing !!!", stacklevel=2)
         return random_weights(cls, options).to(device)
-    if random and cls.url:
-        warnings.warn(f"!!! {name}: RANDOM WEIGHTS, for tests and timing only: "
-                      "its output means nothing !!!", stacklevel=2)
-        return random_weights(cls, options).to(device)
-    file = str(path or locate(name))
-    if not os.path.isfile(file):  # nor is a pipe, which would wait
-        if path or not cls.url or os.path.exists(file):
-            raise ExpertUnavailable(f"{name}: there is no file {file}")
-        download(name, file)
+    file = path
     try:
-        expert = read(cls, file, **options)
-    except ValueError as e:
+        file = str(path or fetch(name))
+        if file.endswith(".npz"):
+            sd = dict(np.load(file))
+        else:
+            sd = torch.load(file, map_location="cpu", weights_only=True)
+        expert = cls.from_state_dict(sd, **options)
+        if not expert(torch.ones(1)).isfinite().all():
+            raise ValueError("it gives NaN or infinity")
+    except Exception as e:  # a damaged file fails in as many ways as it has bytes
+        reason = re.split(r"\. (?=[A-Z])", " ".join(str(e).split()))[0][:300]
         raise ExpertUnavailable(
-            f"{name}: {file} is damaged or not {cls.filename} of {cls.source} ({e})") from e
+            f"{name}: {file or cls.url} cannot be had, is damaged or not {cls.filename} of "
+            f"{cls.source} ({type(e).__name__}: {reason}); delete it to fetch it again, or pass "
+            f"--expert-{name} PATH") from e
     return expert.to(device)
 
 
-def seconds_per_clip(expert):
-    """The median of three runs over 10 s of noise, after one that warms up."""
-    generator = torch.Generator().manual_seed(0)
-    wave = torch.randn(10 * expert.sample_rate, generator=generator) * 0.1
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        expert(wave)
-        seconds.append(time.perf_counter() - start)
-    return np.median(seconds[1:])
+def load_experts(tasks, d, device="cpu", random=False, paths=None):
+    """{task: its frozen expert}.
 
-
-def describe(name, path):
-    """A row of the table. Weights: those at `path`, the cached ones, or else random ones."""
-    where = path or locate(name)
-    found = bool(path) or os.path.exists(where)
-    expert = load(name, path, random=not found)
-    if not found:
-        where = f"timed with RANDOM ones; {expert.url} goes to {where}"
-    params = f"{sum(p.numel() for p in expert.parameters()) / 1e6:.2f}M"
-    return (f"{name:8}{type(expert).__name__:13}{expert.dim:5}{expert.frame_rate:8.3f}"
-            f"{params:>9}  {expert.licence:25}{seconds_per_clip(expert):7.2f}  {where}")
-
-
-def check(paths):
-    """Prints the table. paths: {teacher: a file to use, or None}"""
-    print(f"{'teacher':8}{'network':13}{'dim':>5}{'Hz':>8}{'params':>9}  {'licence':25}"
-          f"{'s/10 s':>7}  weights")
-    for name, path in paths.items():
-        print(describe(name, path), flush=True)
-    print("s/10 s: median of 3 runs over noise on the CPU, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    d       width of the backbone, which is e_k of recon
+    paths   {task: file}; the others as in `load`. Raises ExpertUnavailable."""
+    experts = {}
+    for task in tasks:
+        if EXPERTS[task] is Recon:
+            experts[task] = Recon(d)
+        else:
+            experts[task] = load(task, (paths or {}).get(task), device, random)
+    return experts
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    """Prints a table of the teachers."""
+    parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", required=True,
-                        help="print the table of teachers")
-    for name in EXPERTS:
-        parser.add_argument(f"--teacher-{name}", metavar="PATH",
-                            help="a file to use instead of the cached one")
+    parser.add_argument("--check", action="store_true", required=True, help="fetch, load and time")
+    networks = {name: cls for name, cls in EXPERTS.items() if cls is not Recon}
+    for name in networks:
+        parser.add_argument(f"--expert-{name}", metavar="PATH", help="instead of the cached file")
     args = vars(parser.parse_args())
-    try:
-        check({name: args[f"teacher_{name}"] for name in EXPERTS})
-    except OSError as e:  # of a full disk or, --check | head, a closed pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where the rest goes at exit
-        sys.exit(1 if isinstance(e, BrokenPipeError) else f"error: the table: {e}")
-    except (RuntimeError, MemoryError) as e:  # also ExpertUnavailable, and torch's without memory
-        sys.exit("error: " + " ".join(str(e).split())[:500])
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    for name, cls in networks.items():
+        try:
+            expert = load(name, args[f"expert_{name}"])
+        except ExpertUnavailable as e:
+            print(e)
+            continue
+        wave = 0.1 * torch.randn(10 * cls.sample_rate)
+        expert(wave)
+        begin = time.perf_counter()
+        expert(wave)
+        print(f"{name:8}{cls.__name__:13}{expert.dim:5}{expert.frame_rate:8.3f} Hz"
+              f"{sum(p.numel() for p in expert.parameters()) / 1e6:8.2f} M  {expert.licence:25}"
+              f"{time.perf_counter() - begin:6.2f} s for 10 s")
 
 
 if __name__ == "__main__":

@@ -205,11 +205,12 @@ class ExpertHeads(nn.ModuleDict):
         return [name for name in self.state_dict() if name in scales or name.split(".")[0] == task]
 
 
-def heads_for(d, tasks, teachers, **options):
-    """The ExpertHeads of these tasks; of one without a teacher, such as recon, e_k is d.
+def heads_for(d, experts, **options):
+    """The ExpertHeads of these experts.
 
-    teachers    {task: anything with `dim`, e_k, and `readout`, g_cls or h or None}
+    d           hidden size of the backbone
+    experts     {task: anything with `dim`, e_k, and `readout`, g_cls or h or None}
     options     of ExpertHeads"""
-    dims = {task: teachers[task].dim if task in teachers else d for task in tasks}
-    readouts = {task: teacher.readout for task, teacher in teachers.items()}
+    dims = {task: expert.dim for task, expert in experts.items()}
+    readouts = {task: expert.readout for task, expert in experts.items()}
     return ExpertHeads(d, dims, readouts, **options)

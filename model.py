@@ -13,11 +13,7 @@ pad pad <system, user: .. AUDIO*L_a .. question> <assistant header> start THINK*
                           ^audio_mask                                     ^think_mask   ^labels
 """
 import argparse
-import atexit
-import contextlib
-import importlib
 import json
-import logging
 import math
 import os
 import re
@@ -33,7 +29,6 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from filelock import FileLock, Timeout
 from peft.tuners.lora import LoraLayer
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
@@ -52,22 +47,10 @@ THINK_START = "<|audio_think_start|>"
 THINK = "<|audio_think|>"
 THINK_END = "<|audio_think_end|>"
 IGNORE = -100          # label of a position that is not a cross-entropy target
-GRAPH_SLOTS = 512      # one CUDA graph serves all answers of as many slots, rounded up to this
 
 # The seven linear maps of a decoder layer. Names alone would also match in the audio tower.
 LORA_TARGETS = (r".*\.language_model\.layers\.\d+\."
                 r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)")
-
-# Before, modules had other names, which LORA_TARGETS would miss, and adapters other keys.
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
-    sys.exit(f"error: transformers {transformers.__version__} is too old; "
-             "pip install -U 'transformers>=5.23'")
-
-# Offline, its six warnings would hide the one line that counts.
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-# peft 0.21 asks transformers by a name that it is about to drop; nothing a user could do.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated",
-                        category=FutureWarning)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,10 +102,6 @@ class Backbone:
     lora_alpha: int = 32
     text_think: str = (" Output the thinking process in <think> </think>"
                        " and final answer in <answer> </answer>.")
-    # To build it without files: what its config says beyond the class, and the ids in use.
-    text_config: dict = field(default_factory=dict)
-    audio_config: dict = field(default_factory=dict)
-    used_ids: int = 0
 
 
 BACKBONES = {
@@ -132,9 +111,7 @@ BACKBONES = {
         model_class=transformers.Qwen2AudioForConditionalGeneration,
         processor_class=transformers.Qwen2AudioProcessor,
         model_types=("qwen2_audio",),
-        audio_marks="Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n",
-        text_config=dict(vocab_size=156032, intermediate_size=11008),
-        used_ids=154931),
+        audio_marks="Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n"),
     # The checkpoint also holds a talker. Its extractor would pad every clip to 300 s.
     "qwen2.5-omni": Backbone(
         hub_id="Qwen/Qwen2.5-Omni-7B",
@@ -145,8 +122,7 @@ BACKBONES = {
         audio_marks="<|audio_bos|><|AUDIO|><|audio_eos|>",
         piece_seconds=MAX_SECONDS,
         window_seconds=300,
-        audio_kwargs={"max_length": round(MAX_SECONDS * SAMPLE_RATE)},
-        used_ids=151665),
+        audio_kwargs={"max_length": round(MAX_SECONDS * SAMPLE_RATE)}),
     # The processor cuts its 30 s windows itself. It has its own thinking adapter and sentence.
     "audio-flamingo-3": Backbone(
         hub_id="nvidia/audio-flamingo-3-hf",
@@ -157,65 +133,19 @@ BACKBONES = {
         audio_marks="<sound>",
         audio_token="<sound>",
         piece_seconds=MAX_SECONDS,
-        text_think="\nPlease think and reason about the input audio before you respond.",
-        text_config=dict(
-            vocab_size=151672,
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4),
-        used_ids=151672),
+        text_think="\nPlease think and reason about the input audio before you respond."),
 }
 # Whisper's encoder and a text model that knows ChatML, in Qwen2-Audio's classes; the projector
 # between them is new, and trained with the adapters. For evidence, not for use.
 BACKBONES["small"] = replace(
     BACKBONES["qwen2-audio"],
     hub_id="openai/whisper-tiny,HuggingFaceTB/SmolLM2-135M-Instruct",
-    licence="other (those of its two parts)",
-    text_config=dict(
-        model_type="llama",
-        vocab_size=49155,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5}),
-    audio_config=dict(
-        num_mel_bins=80,
-        d_model=384,
-        encoder_layers=4,
-        encoder_attention_heads=6,
-        encoder_ffn_dim=1536),
-    used_ids=49155)
+    licence="other (those of its two parts)")
 # 1.2 M weights of variance 1 / fan-in, so that signals keep their size through untrained layers.
 # A tower computes its whole window whatever the clip, so this one is short. Random weights know
 # nothing worth keeping: the adapters are wider.
 BACKBONES["tiny"] = replace(
-    BACKBONES["qwen2-audio"],
-    hub_id="",
-    window_seconds=4,
-    lora_r=32,
-    lora_alpha=64,
-    text_config=dict(
-        vocab_size=320,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=8192,
-        initializer_range=128 ** -0.5),
-    audio_config=dict(
-        d_model=128,
-        encoder_layers=1,
-        encoder_attention_heads=4,
-        encoder_ffn_dim=256,
-        max_source_positions=200,
-        initializer_range=384 ** -0.5),
-    used_ids=262)
+    BACKBONES["qwen2-audio"], hub_id="", window_seconds=4, lora_r=32, lora_alpha=64)
 LIGHT = ("tiny", "small")    # a CPU is enough for them
 
 # --------------------------------------------------------------------------------------------------
@@ -278,13 +208,7 @@ def encode_row(coat, wave, prompt, response=None, think=True):
     tokenizer = coat.processor.tokenizer
     n_audio = 0
     pieces = []
-    if not isinstance(prompt, str):
-        raise InputError(f"a prompt is one text, not {type(prompt).__name__}; several turns are "
-                         "not supported")
     if wave is not None:
-        if not torch.is_tensor(wave) or wave.ndim != 1 or not wave.is_floating_point():
-            raise InputError("a clip is one tensor (N,) of floats at 16 kHz, mono; several clips "
-                             "in a prompt are not supported")
         check_seconds(len(wave) / SAMPLE_RATE, "the clip")
         n_audio = n_audio_tokens(len(wave))
         cut = wave.split(round(window_seconds(coat) * SAMPLE_RATE))
@@ -300,9 +224,7 @@ def encode_row(coat, wave, prompt, response=None, think=True):
     ids = out.pop("input_ids")[0].tolist()
     out.pop("attention_mask")
     found = ids.count(tokenizer.convert_tokens_to_ids(coat.backbone.audio_token))
-    if found != n_audio:
-        raise RuntimeError(f"the processor made {found} audio tokens where L_a is {n_audio}")
-
+    assert found == n_audio, f"the processor made {found} audio tokens where L_a is {n_audio}"
     if think:
         ids += think_block(n_audio, coat.think_ids)
     target = []
@@ -341,15 +263,16 @@ def pad_batch(coat, rows, padding_side="left"):
     }
 
 
-def build_inputs(coat, waves, prompts, responses=None, think=True, padding_side="left"):
+def build_inputs(coat, waves, prompts, responses=None, think=None, padding_side="left"):
     """A batch from rows; without `responses` it ends where generation starts.
 
     coat       anything with .backbone, .processor, .think_ids (CoAT, or its `.spec` in a worker)
     waves      list of (N,) float32 tensors at 16 kHz, or None for a row without audio and block
-    think      False leaves the block out: the baseline
+    think      whether prompts have the block; None: as the model was trained
     Returns a dict: input_ids, attention_mask, position_ids, think_mask, audio_mask and, with
     responses, labels, each (B, T); n_audio (B,); audio, what the processor made of the sound.
     Raises InputError on a clip out of range or a reserved token in a prompt."""
+    think = coat.think if think is None else think
     rows = []
     for i, (wave, prompt) in enumerate(zip(waves, prompts, strict=True)):
         response = responses[i] if responses else None
@@ -386,14 +309,6 @@ class Slots(StaticLayer):
         return (self.max_cache_len if query_length == 1 else query_length), 0
 
 
-@dataclass
-class Memory:
-    """What the steps of an answer share, at addresses that stay, as a CUDA graph needs it."""
-    cache: transformers.Cache
-    visible: torch.Tensor      # (B, S) bool, which slots of the cache to attend to
-    replay: object = None      # CoAT.capture's, in the place of CoAT.decode
-
-
 class Output(NamedTuple):
     think_states: torch.Tensor    # (B, L, D) final-layer states at the thinking tokens, H_think;
                                   # of a model without the block at the audio tokens
@@ -419,8 +334,6 @@ class CoAT(nn.Module):
         self.backbone = BACKBONES[name]
         suppressed_ids = torch.tensor(think_ids, device=lm.device)
         self.register_buffer("suppressed_ids", suppressed_ids, persistent=False)
-        self.use_graph = False    # see compile_decode
-        self.memory = None
 
     @property
     def hf(self):
@@ -431,7 +344,8 @@ class CoAT(nn.Module):
     def spec(self):
         """What build_inputs needs, without the weights (for data workers)."""
         return SimpleNamespace(
-            backbone=self.backbone, processor=self.processor, think_ids=self.think_ids)
+            backbone=self.backbone, processor=self.processor, think_ids=self.think_ids,
+            think=self.think)
 
     @property
     def eos_ids(self):
@@ -491,7 +405,8 @@ class CoAT(nn.Module):
         at = batch["think_mask"] if self.think else batch["audio_mask"]    # the control
         think_states, valid = pad_rows(h[at], at.sum(1))
         audio_embeds, _ = pad_rows(embeds.detach()[batch["audio_mask"]], batch["n_audio"])
-        targets = batch["labels"][:, 1:]
+        labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORE))    # a prompt alone
+        targets = labels[:, 1:]
         is_target = targets != IGNORE
         logits = self.hf.lm_head(h[:, :-1][is_target]).float()    # (n_targets, V)
         ce_sum = F.cross_entropy(logits, targets[is_target], reduction="sum")
@@ -502,37 +417,8 @@ class CoAT(nn.Module):
         logits = self.hf.lm_head(h[:, -1]).float()    # (B, V)
         return logits.index_fill(1, self.suppressed_ids, -torch.inf).argmax(-1)
 
-    def prefill(self, batch, max_new_tokens):
-        """Prompt and block at once -> the first ids (B,), and the Memory of the steps."""
-        B, T = batch["input_ids"].shape
-        memory = self.memory_for(B, T + max_new_tokens)
-        memory.visible[:] = False
-        memory.visible[:, :T] = batch["attention_mask"].bool()
-        h, _ = self.states(batch, past_key_values=memory.cache, use_cache=True)
-        return self.next_ids(h), memory
-
-    def memory_for(self, B, n_slots):
-        """New Memory or, with CUDA graphs, the last one if its size serves again: its graph then
-        serves again too."""
-        if self.use_graph:
-            n_slots = math.ceil(n_slots / GRAPH_SLOTS) * GRAPH_SLOTS
-            if self.memory and self.memory.visible.shape == (B, n_slots):
-                for layer in self.memory.cache.layers:
-                    layer.cumulative_length.zero_()
-                return self.memory
-            self.memory = None    # frees the old one first
-        layers = [Slots(n_slots) for _ in self.hf.model.language_model.layers]
-        visible = torch.zeros(B, n_slots, dtype=torch.bool, device=self.suppressed_ids.device)
-        memory = Memory(transformers.Cache(layers), visible)
-        if self.use_graph:
-            self.memory = memory
-        return memory
-
     def decode(self, token, visible, cache):
-        """A step: tokens (B,) -> the next ones (B,). visible (B, S): which slots to attend to.
-
-        Nothing in it changes its shape or waits for the GPU, so that it can be compiled and
-        captured."""
+        """A step: tokens (B,) -> the next ones (B,). visible (B, S): which slots to attend to."""
         decoder = self.hf.model.language_model
         out = decoder(
             inputs_embeds=decoder.embed_tokens(token[:, None]),    # (B, 1, D)
@@ -545,23 +431,9 @@ class CoAT(nn.Module):
     def compile_decode(self, **kwargs):
         """Fuses the small kernels of a step, once for all lengths, and on a GPU replays them as a
         CUDA graph. It takes a while, which many or long answers earn back. After merge()."""
-        if isinstance(self.lm, peft.PeftModel):
-            raise ValueError("merge() first: an adapter would rebuild its tables in every step")
+        if self.suppressed_ids.is_cuda:
+            kwargs = {"mode": "reduce-overhead"} | kwargs
         self.decode = torch.compile(self.decode, dynamic=True, fullgraph=True, **kwargs)
-        self.use_graph = self.suppressed_ids.is_cuda
-
-    def capture(self, token, memory):
-        """`decode` as a CUDA graph over this memory: hundreds of kernels in one launch."""
-        token = token.clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):    # records, computes nothing
-            ids = self.decode(token, memory.visible, memory.cache)
-
-        def replay(new_token, visible, cache):
-            token.copy_(new_token)
-            graph.replay()
-            return ids
-        return replay
 
     @torch.inference_mode()
     def stream(self, batch, max_new_tokens=128, stop=True):
@@ -570,36 +442,24 @@ class CoAT(nn.Module):
 
         The batch must be left padded. With stop=False all max_new_tokens are decoded whatever they
         are (for timing)."""
-        pad_id = self.processor.tokenizer.pad_token_id
-        eos = torch.tensor(self.eos_ids, device=self.suppressed_ids.device)
-        ids, memory = self.prefill(batch, max_new_tokens)
-        done = torch.zeros(len(ids), dtype=torch.bool, device=eos.device)
-        T = batch["input_ids"].shape[1]
+        B, T = batch["input_ids"].shape
+        layers = [Slots(T + max_new_tokens) for _ in self.hf.model.language_model.layers]
+        cache = transformers.Cache(layers)
+        visible = F.pad(batch["attention_mask"].bool(), (0, max_new_tokens))    # (B, S)
+        h, _ = self.states(batch, past_key_values=cache, use_cache=True)
+        ids = self.next_ids(h)
+        eos = torch.tensor(self.eos_ids, device=ids.device)
+        done = torch.zeros(B, dtype=torch.bool, device=ids.device)
         for step in range(max_new_tokens):
-            token = torch.where(done, pad_id, ids)
+            token = torch.where(done, self.processor.tokenizer.pad_token_id, ids)
             yield token
-            if step == max_new_tokens - 1:
+            done = done | torch.isin(token, eos)
+            if step == max_new_tokens - 1 or stop and done.all():
                 return
-
-            if stop:
-                done = done | torch.isin(token, eos)
-                all_done = done.all()
-                if eos.is_cuda:    # asked while the next step runs, so that the GPU never waits
-                    all_done = all_done.to("cpu", non_blocking=True)
-                    copied = torch.cuda.current_stream().record_event()
-                elif all_done:
-                    return
-
-            memory.visible[:, T + step] = True
-            if self.use_graph and step == 2 and not memory.replay:    # warm by now
-                memory.replay = self.capture(token, memory)
-            decode = memory.replay or self.decode
-            ids = decode(token, memory.visible, memory.cache)
-
-            if stop and eos.is_cuda:
-                copied.synchronize()
-                if all_done:
-                    return
+            if not stop:
+                done = torch.zeros_like(done)
+            visible[:, T + step] = True
+            ids = self.decode(token, visible, cache).clone()
 
     def generate(self, batch, max_new_tokens=128):
         """Greedy answers, one string a row."""
@@ -608,8 +468,7 @@ class CoAT(nn.Module):
         return [text.strip() for text in texts]
 
     def merge(self):
-        """Folds the adapter into the weights, in fp32: the same function, but for one rounding to
-        the weights' dtype, without the adapter's cost at each step."""
+        """Folds the adapter into the weights: the same function, without its cost at each step."""
         self.eval()    # ends checkpoint_activations, which would drop the cache
         for layer in self.hf.model.language_model.layers:
             layer._compiled_call_impl = None    # ends compile_layers, which would compile anew
@@ -621,11 +480,7 @@ class CoAT(nn.Module):
                     weight.data = weight.data.float()
                     module.merge()
                     weight.data = weight.data.to(dtype)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="All adapters are already merged")
-                self.lm = self.lm.merge_and_unload()    # and the rows of the three tokens
-            for p in self.lm.parameters():
-                p.data = p.data.to(dtype)    # a projector that was trained, in fp32
+            self.lm = self.lm.merge_and_unload().to(dtype)    # and the rows of the three tokens
         return self
 
     def save(self, folder):
@@ -649,25 +504,23 @@ class CoAT(nn.Module):
             self.write_card(folder)
 
     def write_card(self, folder):
-        """README.md: how to use the folder without this code. An adapter needs a backbone that is
-        one folder."""
+        """README.md: how to use the folder without this code."""
         is_adapter = isinstance(self.lm, peft.PeftModel)
         found = origins(self.name, self.model_path)
-        if is_adapter and len(found) != 1:
+        if is_adapter and len(found) != 1:    # only for a backbone that is one folder
             return
         card = os.path.join(ASSETS, "adapter_card.md" if is_adapter else "model_card.md")
-        with open(card, encoding="utf-8") as file:
-            text = string.Template(file.read())
-        of_transformers = [kind.__name__ for kind in type(self.hf).__mro__
-                           if kind.__module__.startswith("transformers.")]
+        stock = next(kind for kind in type(self.hf).__mro__
+                     if kind.__module__.startswith("transformers."))
         names = [origin["pretrained_model_name_or_path"] for origin in found]
-        revisions = [f', revision="{origin["revision"]}"' for origin in found
-                     if "revision" in origin]
-        write_file(os.path.join(folder, "README.md"), text.substitute(
-            name=self.name, licence=self.backbone.licence, model_class=of_transformers[0],
-            dtype=str(self.hf.dtype).removeprefix("torch."), origins=json.dumps(names),
-            origin="".join(names[:1]), revision="".join(revisions[:1]),
-            window=f"{window_seconds(self):.0f}"))
+        revision = found[0].get("revision") if found else None
+        with open(card, encoding="utf-8") as file:
+            text = string.Template(file.read()).substitute(
+                name=self.name, licence=self.backbone.licence, model_class=stock.__name__,
+                dtype=str(self.hf.dtype).removeprefix("torch."), origins=json.dumps(names),
+                origin="".join(names[:1]), revision=f', revision="{revision}"' if revision else "",
+                window=f"{window_seconds(self):.0f}")
+        write_file(os.path.join(folder, "README.md"), text)
 
     def save_merged(self, folder):
         """The plain model, in whose settings transformers' generate finds what `stream` does."""
@@ -677,19 +530,6 @@ class CoAT(nn.Module):
             suppress_tokens=self.think_ids,
             eos_token_id=self.eos_ids)
         self.lm.save_pretrained(folder)
-        if self.name == "qwen2.5-omni":
-            self.nest_config(folder)
-
-    def nest_config(self, folder):
-        """Puts the thinker's config into the full model's. vLLM knows that one's class alone, and
-        takes the settings' word for it that embeddings are tied."""
-        path = os.path.join(folder, "config.json")
-        thinker = read_json(path, "merge again")
-        thinker["text_config"]["tie_word_embeddings"] = False
-        write_file(path, json.dumps({
-            "architectures": ["Qwen2_5OmniForConditionalGeneration"],
-            "model_type": "qwen2_5_omni", "enable_audio_output": False,
-            "dtype": thinker["dtype"], "thinker_config": thinker}, indent=2))
 
     def copy_image_settings(self, folder):
         """The full processor of Qwen2.5-Omni, which ours is a part of, wants them."""
@@ -705,25 +545,38 @@ class CoAT(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Loading
 
-def load_coat(name=None, adapter=None, model_path=None, trainable=False, device="cpu", dtype=None,
-              random=False):
-    """A CoAT: the backbone of load_backbone with the three tokens and LoRA.
+def saved_as(folder):
+    """What CoAT.save wrote of a folder: {"backbone", "model_path", "think"}. Raises InputError."""
+    return read_json(os.path.join(folder, "coat.json"))
 
-    name       may be left out with an adapter, whose coat.json knows it
-    adapter    a folder that CoAT.save wrote; without one there is LoRA (new) only if trainable
-    trainable  the adapters and the rows of the three tokens get gradients, in fp32
-    Its prompts have the block if coat.json says so, or if it is to be trained; a bare backbone
-    has none. Raises InputError on an unknown name or files that cannot be read."""
+
+def backbone_of(name):
+    """The row of BACKBONES that a name given to load_coat stands for. Raises InputError."""
+    return name if name in BACKBONES else saved_as(latest_checkpoint(name))["backbone"]
+
+
+def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype=None,
+              random=False):
+    """A CoAT: a backbone with the three tokens and, if it was or is to be trained, LoRA.
+
+    name        a run, a checkpoint, a merged folder, or a name of BACKBONES
+    model_path  where that backbone's files are, see load_backbone; a run remembers it
+    trainable   the adapters and the rows of the three tokens get gradients, in fp32
+    Its prompts have the block if it was trained so, or is to be trained; a bare backbone has none.
+    Raises InputError on an unknown name or files that cannot be read."""
+    adapter = None
     think = trainable
-    if adapter:
-        check_files(adapter, ["coat.json", *ADAPTER_FILES],
-                    "give a checkpoint folder that train.py wrote")
-        trained = read_coat_json(adapter)
-        name = name or trained["backbone"]
-        model_path = model_path or trained["model_path"]
-        think = trained["think"]
+    if name not in BACKBONES:
+        folder = latest_checkpoint(name)
+        known = saved_as(folder)
+        name, think = known["backbone"], known["think"]
+        if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+            adapter = folder
+            model_path = model_path or known["model_path"]
+        else:
+            model_path = folder
     elif not trainable and model_path and os.path.isfile(os.path.join(model_path, "coat.json")):
-        think = read_coat_json(model_path)["think"]
+        think = saved_as(model_path)["think"]
     lm, processor = load_backbone(name, model_path, device, dtype, random)
     think_ids = add_think_tokens(lm, processor.tokenizer)
     if adapter:
@@ -741,17 +594,6 @@ def load_coat(name=None, adapter=None, model_path=None, trainable=False, device=
     return CoAT(lm, processor, name, model_path, think_ids, think)
 
 
-def read_coat_json(folder):
-    """{"backbone", "model_path", "think"} of a folder that CoAT.save wrote. Raises InputError."""
-    path = os.path.join(folder, "coat.json")
-    found = read_json(path, "give a folder that train.py or infer.py merge wrote", backbone=str,
-                      model_path=(str, type(None)), think=bool)
-    if found["backbone"] not in BACKBONES:
-        raise InputError(f"'{path}' names the backbone '{found['backbone']}', which is none of "
-                         f"{', '.join(BACKBONES)}; give a folder that this code wrote")
-    return found
-
-
 def load_backbone(name, model_path=None, device="cpu", dtype=None, random=False):
     """(model, processor) of a row of BACKBONES, frozen.
 
@@ -766,28 +608,22 @@ def load_backbone(name, model_path=None, device="cpu", dtype=None, random=False)
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     found = origins(name, model_path)
-    if random or not found:
-        model, processor = build_random(name, device, dtype)
-    else:
-        for origin in found:
-            if "revision" in origin:
-                print("reading {pretrained_model_name_or_path} at {revision} from the hub, or its "
-                      "cache".format(**origin), file=sys.stderr)
-        try:
-            if len(found) == 2:
-                model, processor = compose(backbone, *found)
-                model = model.to(device, dtype)
-            else:
-                model, processor = read_backbone(backbone, found[0], device, dtype)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as e:    # what transformers makes of a strange file is of any kind
-            # Its first sentence: what follows is advice about the hub.
-            reason = " ".join(str(e).split()).split(". ")[0].rstrip(".")
-            raise InputError(f"cannot load {name} from '{model_path or backbone.hub_id}': {reason} "
-                             f"({type(e).__name__}); give a local folder with its files as "
-                             "model_path") from e
-    return model.eval().requires_grad_(False), processor
+    try:
+        if random or not found:
+            model, processor = build_random(name, device, dtype)
+        elif len(found) == 2:
+            model, processor = compose(backbone, *found)
+        else:
+            model, processor = read_backbone(backbone, found[0], device, dtype)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:    # what transformers makes of a strange file is of any kind
+        # Its first sentence: what follows is advice about the hub.
+        reason = " ".join(str(e).split()).split(". ")[0].rstrip(".")
+        raise InputError(f"cannot load {name} from '{model_path or backbone.hub_id}': {reason} "
+                         f"({type(e).__name__}); give a local folder with its files as "
+                         "model_path") from e
+    return model.to(device, dtype).eval().requires_grad_(False), processor
 
 
 def origins(name, model_path=None):
@@ -795,8 +631,7 @@ def origins(name, model_path=None):
     two for `small`. Raises InputError."""
     found = []
     given = model_path or BACKBONES[name].hub_id
-    parts = [given] if os.path.isdir(given) else given.split(",")
-    for part in filter(None, parts):
+    for part in filter(None, given.split(",") if name == "small" else [given]):
         origin, _, revision = part.partition("@")
         if os.path.isdir(part):
             found.append({"pretrained_model_name_or_path": part})
@@ -805,8 +640,6 @@ def origins(name, model_path=None):
         else:
             raise InputError(f"model_path '{part}': there is no folder of that name; give one, or "
                              "NAME@REVISION of the hub")
-    if len(found) > (2 if name == "small" else 1):
-        raise InputError(f"model_path '{given}' names {len(found)} folders, too many for {name}")
     return found
 
 
@@ -814,26 +647,14 @@ def read_backbone(backbone, origin, device, dtype):
     """(model, processor) from a folder or the hub. Raises ValueError where transformers passes over
     what is missing: it makes up a tokenizer, for one."""
     config, _ = transformers.PreTrainedConfig.get_config_dict(**origin)
-    model_type = config.get("model_type")
-    if not model_type:
-        raise ValueError("it has no config.json")
-    if model_type not in backbone.model_types:
-        raise ValueError(f"its config.json is that of '{model_type}'")
-    for part in ("text_config", "audio_config", "thinker_config"):
-        if not isinstance(config.get(part, {}), dict):    # null would be the default, of 30 GB
-            raise ValueError(f"its {part} is no object")
+    if config.get("model_type") not in backbone.model_types:
+        raise ValueError(f"its config.json is that of '{config.get('model_type')}'")
     if config.get("quantization_config"):
         raise ValueError("its weights are quantised, so an adapter could not be merged into them")
-
     processor = backbone.processor_class.from_pretrained(**origin)
     if not processor.chat_template:
         raise ValueError("it has no chat template")
     processor.chat_template = processor.chat_template.partition(BLOCK_MARK)[0]
-    chat = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "?"}]}]
-    prompt = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    if prompt.count(backbone.audio_token) != 1:
-        raise ValueError(f"its chat template does not write a clip as one {backbone.audio_token}")
-
     model = read_weights(backbone.model_class, origin, dtype=dtype, device_map=device)
     audio_id = model.config.audio_token_id
     if processor.tokenizer.convert_tokens_to_ids(backbone.audio_token) != audio_id:
@@ -851,15 +672,7 @@ def read_weights(model_class, origin, **kwargs):
     if wrong:
         raise ValueError(f"it has no weights for {len(wrong)} tensors, or of another shape, "
                          f"such as {min(wrong)}")
-    check_finite(model.named_parameters())
     return model
-
-
-def check_finite(named):
-    """Raises ValueError unless all numbers of these (name, tensor)s are finite."""
-    for name, tensor in named:
-        if not tensor.sum(dtype=torch.float32).isfinite():    # one pass
-            raise ValueError(f"its {name} holds NaN or infinite numbers")
 
 
 def compose(backbone, whisper, text_model):
@@ -928,19 +741,13 @@ def build_processor(backbone):
         chat_template=TEMPLATE.replace("AUDIO_MARKS", backbone.audio_marks))
 
 
-def build_config(backbone):
-    """The published configuration, or tiny's."""
-    config = backbone.model_class.config_class(
-        text_config=dict(backbone.text_config), audio_config=dict(backbone.audio_config))
-    config.vision_start_token_id = None    # read by Omni's forward, in no class; no token has it
-    return config
-
-
 def build_random(name, device="cpu", dtype=torch.float32, seed=0):
     """(model, processor) with weights drawn from `seed`; all but tiny at their full size."""
     backbone = BACKBONES[name]
     processor = build_processor(backbone)
-    config = build_config(backbone)
+    with open(os.path.join(ASSETS, "backbones.json")) as file:    # what differs from the class's own
+        config = backbone.model_class.config_class(**json.load(file)[name])
+    config.vision_start_token_id = None    # read by Omni's forward, in no class; no token has it
     config.audio_token_id = processor.tokenizer.convert_tokens_to_ids(backbone.audio_token)
     # 8 B weights had better be drawn where they live; tiny is the same on every device.
     drawn_on = "cpu" if name == "tiny" else device
@@ -984,16 +791,6 @@ def add_adapters(model, backbone, think_ids, new_projector=False):
         modules_to_save=["multi_modal_projector"] if new_projector else None))
 
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
-def check_files(folder, names, advice):
-    """Raises InputError unless the folder holds these files."""
-    for name in names:
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise InputError(f"'{folder}' holds no {name}; {advice}")
-
-
 def load_adapter(lm, folder, name, trainable=False):
     """The PeftModel of a saved adapter. Raises InputError if it is damaged or another model's."""
     try:
@@ -1005,8 +802,6 @@ def load_adapter(lm, folder, name, trainable=False):
             raise ValueError(f"it has no {loaded.missing_keys[0]}")
         if loaded.unexpected_keys:
             raise ValueError(f"its settings leave no place for {loaded.unexpected_keys[0]}")
-        check_finite((key, p) for key, p in lm.named_parameters()
-                     if re.search("lora_|trainable_tokens|modules_to_save", key))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:    # what peft makes of a strange file is of any kind
@@ -1040,8 +835,6 @@ def load_text_think(name, folder, model_path=None, device="cpu", dtype=None):
 
     folder  its `think` folder: a PEFT adapter and non_lora_trainables.bin
     Raises InputError if one of the files is missing or does not fit."""
-    check_files(folder, [*ADAPTER_FILES, "non_lora_trainables.bin"],
-                f"give the think folder of {BACKBONES[name].hub_id}")
     lm, processor = load_backbone(name, model_path, device, dtype)
     path = os.path.join(folder, "non_lora_trainables.bin")
     weights = {}
@@ -1083,148 +876,47 @@ def one_line_errors(*kinds, less_memory="a smaller batch"):
     kinds        exceptions beside InputError that say so
     less_memory  what to try when memory runs out"""
     def hook(kind, error, trace):
-        reason = " ".join(str(error).split())
-        if issubclass(kind, (InputError, *kinds)):
-            line = f"error: {reason}"
-        elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or (
-                kind is RuntimeError and "CPUAllocator" in reason):    # torch has no kind for it
-            line = f"error: no memory left ({reason[:200]}); less is needed with {less_memory}"
-        elif issubclass(kind, BrokenPipeError):    # a program | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # where the rest goes at exit
-            return
-        elif issubclass(kind, OSError):
-            line = f"error: {reason}; check the path, its permissions and the room on the disk"
-        elif issubclass(kind, (UnicodeError, RecursionError)):
-            line = f"error: a text cannot be read or written ({reason}); give UTF-8 and plain JSON"
-        elif issubclass(kind, KeyboardInterrupt):
-            line = "stopped"
-        else:
+        reason = " ".join(str(error).split()) or kind.__name__
+        if issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
+            reason = f"no memory left ({reason[:200]}); less is needed with {less_memory}"
+        elif issubclass(kind, ImportError):
+            reason += "; pip install -r requirements.txt"
+        elif not issubclass(kind, (InputError, OSError, KeyboardInterrupt, *kinds)):
             return sys.__excepthook__(kind, error, trace)
-        print(line, file=sys.stderr)
+        print(f"error: {reason}", file=sys.stderr)
 
-    def say_last_words():
-        try:
-            sys.stdout.flush()
-        except OSError as e:    # a full disk, or | head; what is left would fail once more
-            sys.excepthook(type(e), e, None)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os._exit(1)
-
-    if sys.excepthook is sys.__excepthook__:    # the first call
-        atexit.register(say_last_words)
     sys.excepthook = hook
 
 
-def read_json(path, remedy, **kinds):
-    """The JSON object of a file. kinds: {name: type, or types, of its value}, which it has to have.
-
-    Raises InputError, which ends with the remedy."""
-    if not os.path.isfile(path):    # nor is a pipe, which would wait
-        raise InputError(f"no file '{path}'; {remedy}")
+def read_json(path):
+    """The JSON object of a file. Raises InputError."""
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"'{path}' cannot be read ({e}); {remedy}") from e
-    if not isinstance(found, dict):
-        raise InputError(f"'{path}' is no JSON object; {remedy}")
-    check_kinds(found, f"'{path}'", remedy, kinds)
-    return found
-
-
-def parse_line(text):
-    """A line of a file of JSON lines, or None if it is none: a kill may have cut it."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def check_kinds(found, where, remedy, kinds):
-    """Raises InputError unless a dict has these names: {name: type, or types, of its value}."""
-    for name, kind in kinds.items():
-        if name not in found or not isinstance(found[name], kind):
-            raise InputError(f"{where} lacks \"{name}\", or it is of another kind; {remedy}")
-
-
-def publish(part, final):
-    """Gives a folder its name once all of it is on the disk, readable as umask says."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for folder, _, names in os.walk(part):
-        for name in names:
-            path = os.path.join(folder, name)
-            os.chmod(path, 0o666 & ~umask)    # safetensors writes for the owner alone
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-    os.rename(part, final)
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise InputError(f"'{path}' is missing or damaged ({e}); give a folder that this code wrote, "
+                         "or copy it again") from e
 
 
 def write_file(path, text):
     """A text file, whole or not at all."""
-    part = path + ".tmp"
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        raise
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
 
 
-def hold(path):
-    """Keeps other processes of ours out of a folder or file, until what this returns is left, as a
-    context, or forgotten. Raises InputError if one is in it."""
-    folder, name = os.path.split(os.path.realpath(path))
-    lock = os.path.join(folder, f".{name}.lock")
-    if os.path.isdir(path):
-        lock = os.path.join(path, ".lock")
-    elif not os.path.isfile(path):    # a pipe
-        return contextlib.nullcontext()
-    try:
-        # s; the data processes of a killed one end within 5
-        return FileLock(lock).acquire(timeout=10)
-    except Timeout as e:
-        raise InputError(f"'{path}' is in use by another process, perhaps a rank that was left "
-                         "behind; wait for it or stop it, or give another name") from e
-
-
-def in_range(kind, name, low, high):
-    """A type for argparse: what `kind`, called `name`, reads as `low` to `high`."""
+def in_range(kind, low, high):
+    """A type for argparse: numbers from `low` to `high`."""
     def number(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not low <= value <= high:    # so that NaN is refused too
-            raise argparse.ArgumentTypeError(f"'{text}' is no {name} from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"'{text}' is not from {low} to {high}")
         return value
     return number
 
 
-def whole(low, high):
-    """A type for argparse: whole numbers from `low` to `high`."""
-    return in_range(int, "whole number", low, high)
-
-
-def real(low, high):
-    """A type for argparse: numbers from `low` to `high`."""
-    return in_range(float, "number", low, high)
-
-
-COUNT = whole(1, 2 ** 20)    # rows, tokens, clips: more is a slip of the keyboard
-WORKERS = whole(0, 1024)
-
-
-def need(module, package):
-    """Imports what only one command needs. Raises InputError if it is not there."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise InputError(f"this needs {package}; pip install {package}") from e
+COUNT = in_range(int, 1, 2 ** 20)    # rows, tokens, clips: more is a slip of the keyboard
+WORKERS = in_range(int, 0, 1024)
 
 
 def usable_device(name=None, backbone="tiny"):
@@ -1234,15 +926,12 @@ def usable_device(name=None, backbone="tiny"):
     if name is None and not torch.cuda.is_available() and backbone not in LIGHT:
         raise InputError(f"torch {torch.__version__} finds no GPU for {backbone} (CUDA 13 needs "
                          "driver 580 or later); to go on without, in fp32, say cpu as device")
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"device {name}: {str(e).splitlines()[0]}; give cpu") from e
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name}: give cpu or cuda")
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
-        torch.cuda.set_device(device)    # streams, graphs and memory figures are those of this one
+        if not (device.index or 0) < torch.cuda.device_count():
+            raise InputError(f"there is no {device}; torch {torch.__version__} finds "
+                             f"{torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
         # With a mask and some lengths the backward pass of cuDNN's attention, which torch 2.11
         # prefers on Hopper and later, gives NaN (pytorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1262,12 +951,13 @@ def checkpoint_steps(run):
 
 
 def latest_checkpoint(run):
-    """The newest checkpoint-STEP folder of a run, or `run` itself if it is one.
+    """The newest checkpoint-STEP folder of a run, or `run` itself if CoAT.save wrote it.
 
     Raises InputError if there is none."""
-    if os.path.isfile(os.path.join(run, "adapter_config.json")):
+    if os.path.isfile(os.path.join(run, "coat.json")):
         return run
     steps = checkpoint_steps(run)
     if not steps:
-        raise InputError(f"'{run}' holds no checkpoint; give the folder of a run of train.py")
+        raise InputError(f"'{run}' is no run, checkpoint or merged folder, nor one of the backbones "
+                         f"{', '.join(BACKBONES)}")
     return os.path.join(run, f"checkpoint-{steps[-1]}")

@@ -218,7 +218,7 @@ def test_run_killed_while_saving_goes_on_bit_for_bit(mixed_runs):
 
 def test_merged_model_says_what_the_adapter_says(written):
     """At inference nothing is left but the backbone's weights and the block."""
-    again = load_coat(adapter=written.adapter)
+    again = load_coat(written.adapter)
     assert torch.equal(greedy(again, written.batch), written.said)
     assert torch.equal(greedy(again.merge(), written.batch), written.said)
 
@@ -814,7 +814,7 @@ def test_resampling_passes_gradients():
     assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
 
 
-def test_random_teachers_are_loud_and_always_the_same(monkeypatch):
+def test_random_experts_are_loud_and_always_the_same(monkeypatch):
     init = functools.partialmethod(Affect.__init__, **TINY)
     monkeypatch.setattr(Affect, "__init__", init)
     with pytest.warns(UserWarning, match="affect: RANDOM WEIGHTS"):
@@ -824,7 +824,7 @@ def test_random_teachers_are_loud_and_always_the_same(monkeypatch):
     assert torch.equal(first(wave), second(wave))
 
 
-def test_random_teachers_leave_out_the_one_that_ships_its_weights():
+def test_random_experts_leave_out_the_one_that_ships_its_weights():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load("pitch", random=True)
@@ -1002,7 +1002,7 @@ def test_manifest_is_drawn_in_whole_passes(mixture):
 def test_batch_without_audio_has_one_masked_frame_and_targets_of_zero(tiny):
     row = {"prompt": "Say hello.", "response": "hello"}
     batch = collate([row, row], tiny.spec, rates=[teacher("pitch").sample_rate])
-    targets = data.teacher_targets({"pitch": teacher("pitch")}, batch)
+    targets = data.expert_targets({"pitch": teacher("pitch")}, batch)
     assert targets["pitch"].shape == (2, 1, 8 * 264) and not targets["pitch"].any()
     assert tiny(batch).valid.tolist() == [[False], [False]]
 
@@ -1022,7 +1022,7 @@ def test_targets_are_made_clip_by_clip(tiny):
     pitch = teacher("pitch")
     row = {"wave": noise(1.3), "rate": 16000, "prompt": "?", "response": "x"}
     batch = collate([row, row | {"wave": noise(0.4)}], tiny.spec, rates=[pitch.sample_rate])
-    targets = data.teacher_targets({"pitch": pitch}, batch)["pitch"]
+    targets = data.expert_targets({"pitch": pitch}, batch)["pitch"]
     z = pitch(at_rate(noise(0.4), 16000, pitch.sample_rate))
     assert torch.equal(targets[1, :10], resample_frames(z, 10, pitch.frame_rate, pitch.offset))
     assert not targets[1, 10:].any()
@@ -2062,7 +2062,7 @@ def test_new_run_can_begin_with_what_another_has_learned(trained, tmp_path):
 def test_run_without_the_block_remembers_it(tmp_path):
     run("train.py", *QUICK, "--no-think", "--stage", "2:none", "--out", tmp_path)
     assert not {"recon", *EXPERTS} & set(log_lines(tmp_path)[0])
-    assert not load_coat(adapter=tmp_path / "checkpoint-2").think
+    assert not load_coat(tmp_path / "checkpoint-2").think
 
 
 def test_checkpointing_changes_no_step(tmp_path):
@@ -2933,7 +2933,7 @@ def test_bench_latency_counts_the_rows_it_leaves_out(tmp_path):
 
 def test_bench_latency_takes_the_block_from_the_run_and_base_from_its_backbone(tmp_path):
     loaded("tiny", None).save(tmp_path / "checkpoint-1")
-    coat = load_coat(adapter=str(tmp_path / "checkpoint-1"))
+    coat = load_coat(str(tmp_path / "checkpoint-1"))
     tones = Tones("heldout", 2, ["note"])
     asked = [(tones.load(i)["wave"], tones.load(i)["prompt"]) for i in range(2)]
     printed = run("bench.py", "latency", "--model", tmp_path, "--data", "tones:note:2",
@@ -3477,7 +3477,7 @@ def test_weights_that_are_not_finite_are_refused(hub, written, tmp_path):
         shutil.copytree(written.adapter, adapter)
         make_nan(adapter / "adapter_model.safetensors", part)
         with pytest.raises(InputError, match="holds NaN"):
-            load_coat(adapter=str(adapter))
+            load_coat(str(adapter))
 
 
 def make_nan(path, part):
@@ -3495,7 +3495,7 @@ def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
     weights.popitem()
     safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match="adapter"):
-        load_coat(adapter=tmp_path)
+        load_coat(tmp_path)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -3542,7 +3542,7 @@ def test_further_tensors_of_a_teacher_are_ignored():
 
 
 @pytest.mark.parametrize("name, words", [
-    (None, ["spidr_base.pt", "127.0.0.1:9", "--teacher-speech PATH"]), ("no.pt", ["no file"]),
+    (None, ["spidr_base.pt", "127.0.0.1:9", "--expert-speech PATH"]), ("no.pt", ["no file"]),
     ("cut.pt", ["damaged"]), ("other.pt", ["conv_layers.0.conv.weight is missing"])])
 def test_absent_damaged_or_wrong_teacher_is_refused_in_one_line(tmp_path, monkeypatch, name, words):
     monkeypatch.setenv("COAT_CACHE", str(tmp_path))
@@ -3565,12 +3565,12 @@ def test_download_of_a_wrong_digest_is_refused(tmp_path, monkeypatch):
 
 
 def test_missing_teacher_stops_a_run_before_its_first_step(tmp_path):
-    error = run("train.py", *QUICK, "--stage", "2:all", "--teacher-speech", tmp_path / "no.pt",
+    error = run("train.py", *QUICK, "--stage", "2:all", "--expert-speech", tmp_path / "no.pt",
                 "--out", tmp_path / "run", fails=True)
     assert "no.pt" in error and not os.path.exists(tmp_path / "run")
 
 
-def test_random_teachers_of_a_run_are_announced(all_five):
+def test_random_experts_of_a_run_are_announced(all_five):
     process, _ = all_five
     ended(process)
     assert open(process.log).read().count("RANDOM WEIGHTS") == 3
@@ -4036,7 +4036,7 @@ def test_show_names_a_file_of_the_run_that_is_damaged(run_copy, trained, file, c
 
 @pytest.mark.parametrize("flag, value", [
     ("head", 5), ("head", "ears"), ("head_width", "x"), ("head_width", -3), ("head_width", 64),
-    ("focal_gamma", None), ("random_teachers", "x"), ("teacher_pitch", 5)])
+    ("focal_gamma", None), ("random_experts", "x"), ("expert_pitch", 5)])
 def test_show_names_a_config_that_its_heads_do_not_fit(run_copy, trained, flag, value):
     with edited_json(run_copy / "config.json") as config:
         config["flags"][flag] = value
@@ -4485,7 +4485,7 @@ def written(coat, tmp_path_factory):
     """What `coat` says to a batch, its adapter's folder, and the folder of the merged model."""
     folder = tmp_path_factory.mktemp("written")
     coat.save(folder / "adapter")
-    load_coat(adapter=str(folder / "adapter")).merge().save(folder / "merged")
+    load_coat(str(folder / "adapter")).merge().save(folder / "merged")
     batch = build_inputs(coat, [noise(1.0), noise(31, 5)], ["Which?", "Which note is it?"])
     return SimpleNamespace(adapter=str(folder / "adapter"), merged=str(folder / "merged"),
                            batch=batch, said=greedy(coat, batch))
@@ -4548,7 +4548,7 @@ def run_card(folder, clip, question):
 
 
 def print_greedy(adapter, batch):
-    print(greedy(load_coat(adapter=adapter), torch.load(batch, weights_only=True)).tolist())
+    print(greedy(load_coat(adapter), torch.load(batch, weights_only=True)).tolist())
 
 
 @torch.no_grad()
@@ -5103,7 +5103,7 @@ def all_five(tmp_path_factory):
     """(process, folder) of a run with all experts: 2 GB, and ten seconds beside `trained`."""
     folder = tmp_path_factory.mktemp("all_five")
     process = start(train, folder / "log", *QUICK, "--stage", "2:all", "--batch", 2,
-                    "--calibrate", 2, "--random-teachers", "--out", folder / "run")
+                    "--calibrate", 2, "--random-experts", "--out", folder / "run")
     return process, folder / "run"
 
 
