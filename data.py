@@ -573,7 +573,7 @@ def to_device(batch, device):
     return moved | {"audio": {key: move(value) for key, value in batch["audio"].items()}}
 
 
-def expert_targets(experts, batch):
+def expert_targets(experts, batch, audio_embeds=None):
     """{name: (B, L, E)} z_k, the features of the frozen experts at the thinking tokens (25 Hz).
 
     Clip by clip, unpadded: clip-wide normalisation, reflection at the ends and ALiBi depend on the
@@ -581,7 +581,8 @@ def expert_targets(experts, batch):
     targets = {}
     lengths = batch["n_audio"]
     for name, expert in experts.items():
-        if expert.sample_rate is None:    # it hears no wave: its features come with the forward pass
+        if expert.sample_rate is None:    # recon: what the language model consumes
+            targets[name] = expert(audio_embeds)
             continue
         frames = [torch.zeros(0, expert.dim, device=lengths.device)]    # none in a batch of text
         for wave, n_audio in zip(batch["waves"][expert.sample_rate], lengths.tolist()):

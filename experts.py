@@ -162,6 +162,9 @@ class Recon(Expert):
         super().__init__()
         self.dim = dim
 
+    def forward(self, audio_embeds):
+        return audio_embeds
+
 
 class Block(nn.Module):
     """A transformer block whose norms come after the residuals."""
