@@ -42,8 +42,8 @@ from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_ste
                    write_file)
 
 PAPER_STAGES = ["100000:recon", "100000:all"]    # section 3.4
-# Defaults of a backbone. 8 B weights leave little memory. Random weights know nothing worth keeping,
-# so tiny learns faster, and leans on its answers.
+# Defaults of a backbone. 8 B weights leave little memory. Random weights know nothing to be kept,
+# so tiny learns faster and leans on its answers.
 LARGE = dict(checkpointing=True, micro_tokens=8192)
 DEFAULTS = {
     "qwen2-audio": LARGE, "qwen2.5-omni": LARGE, "audio-flamingo-3": LARGE,
@@ -80,7 +80,7 @@ def build_parser():
     add("--model-path", type=absolute, help="a local folder, or NAME@REVISION of the hub")
     add("--data", type=absolute, nargs="+", default=["tones"], help="mixture.json, rows.jsonl or "
         "tones[:KINDS[:LABELLED]]; one for all stages, or one for each (tones)")
-    add("--out", help="run folder (a new one under runs/)")
+    add("--out", help="run folder (runs/BACKBONE)")
     add("--resume", help="run folder to go on with; its config.json gives the other flags")
     add("--init-from", type=absolute, help="run or checkpoint to take adapter and heads from")
     add("--stage", action="append", help="once a stage: STEPS:EXPERTS[:LR], an expert perhaps with "
@@ -137,7 +137,7 @@ def read_flags():
     parser.set_defaults(**defaults | {"stage": None})    # a default list would be appended to
     args = parser.parse_args()
     args.resume = given.resume
-    args.out = given.resume or args.out
+    args.out = given.resume or args.out or f"runs/{args.backbone}"
     if not args.stage:
         args.stage = defaults.get("stage", PAPER_STAGES)
         if args.no_think and not args.resume:
@@ -244,24 +244,17 @@ class Student(torch.nn.Module):
         for task, head in heads.items():
             head.requires_grad_(task in experts)    # those of other stages rest
 
-    def hear(self, batch):
-        """(Output of the backbone, {task: z_k (B, L, E)})"""
-        with mixed_precision(batch["input_ids"].device):
-            out = self.coat(batch)    # H_think, x_A, cross-entropy
-        return out, expert_targets(self.experts, batch, out.audio_embeds)
-
     def forward(self, batch):
-        """{"ce", and every term of the experts: () sum over the batch}"""
-        out, targets = self.hear(batch)
+        """{"ce", and every term of the experts: () sum over the batch}; leaves z_k in `targets`."""
+        device = batch["input_ids"].device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out = self.coat(batch)    # H_think, x_A, cross-entropy
+            self.targets = expert_targets(self.experts, batch, out.audio_embeds)    # (B, L, E)
+            losses = self.heads(out.think_states, out.valid, self.targets)
         ce = out.ce_sum
         for p in self.coat.new_projector:    # DDP wants all in each step, also one of text alone
             ce = ce + 0 * p.sum()
-        with mixed_precision(ce.device):
-            return {"ce": ce} | self.heads(out.think_states, out.valid, targets)
-
-
-def mixed_precision(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        return {"ce": ce} | losses
 
 
 def build(args, tasks, device, checkpoint):
@@ -311,9 +304,8 @@ def open_data(args, stages):
         plan = plan_stage(opened[text], stage.steps, args.batch, args.seed, number)
         plans.append(plan.reshape(stage.steps, WORLD, -1)[:, RANK])
     for text, source in opened.items():
-        if source.skipped:
-            say(f"{len(source.skipped)} rows of {text} are skipped, see python data.py check; the "
-                f"first: {source.skipped[0][1]}")
+        n_rows = sum(stage.steps for stage, of in zip(stages, args.data) if of == text) * args.batch
+        say(f"{source.about}; {n_rows / (len(source) - len(source.skipped)):.1f} epochs")
         if isinstance(source, Mixture):
             say("\n".join(source.report(stages[args.data.index(text)].steps * args.batch)))
     return [opened[text] for text in args.data], plans
@@ -338,9 +330,9 @@ def calibrate(student, tasks, source, rows, collate_step, device):
         (batch,), _ = collate_step([Rows(source)[row]])
         if batch["rows"]:
             with torch.no_grad():
-                _, targets = student.hear(to_device(batch, device))
+                student(to_device(batch, device))
             for task in tasks:
-                clips[task].append(targets[task][0])    # (L, E)
+                clips[task].append(student.targets[task][0])    # (L, E)
     for task, found in clips.items():
         if found:
             student.heads.calibrate(task, found)
@@ -364,12 +356,9 @@ def rehearse(student, sources, plans, collate_step, device):
 def claim_folder(args):
     """Makes the run folder -> a lock that keeps other runs out of it."""
     if RANK == 0:
-        names = [f"runs/{args.backbone}", *(f"runs/{args.backbone}-{i}" for i in range(2, 1000))]
-        args.out = args.out or next(name for name in names if not os.path.exists(name))
         os.makedirs(args.out, exist_ok=True)
         if checkpoint_steps(args.out) and not args.resume:
-            raise InputError(f"'{args.out}' holds checkpoints already; give --resume or another "
-                             "--out")
+            raise InputError(f"'{args.out}' holds a run; give --resume or another --out")
         lock = FileLock(os.path.join(args.out, ".lock"))
         return lock.acquire(timeout=15)    # the data processes of a killed run end in some seconds
 
@@ -406,20 +395,20 @@ def load_progress(optimizer, checkpoint, device):
     """Loads the optimizer -> {"step", "skipped", "lost"}."""
     state = torch.load(os.path.join(checkpoint, "state.pt"), map_location=device, weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
-    moments = [p[key] for p in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    if not all(moment.isfinite().all() for moment in moments):
-        raise InputError(f"'{checkpoint}' holds NaN or infinity")
+    for p, moments in optimizer.state.items():
+        if not (p.isfinite() & moments["exp_avg"].isfinite()).all():
+            raise InputError(f"'{checkpoint}' holds NaN; delete it to go on after the one before")
     return state["progress"]
 
 
 def read_log(path, last_step):
     """The lines of log.jsonl up to a step. A kill may have cut one."""
     lines = []
-    if os.path.exists(path):
-        with open(path) as file:
-            for text in file:
-                with contextlib.suppress(ValueError):
-                    lines.append(json.loads(text))
+    with open(path, "a+") as file:
+        file.seek(0)
+        for text in file:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
     return [line for line in lines if line["step"] <= last_step]
 
 
@@ -486,19 +475,6 @@ def forward_backward(student, batches, n, weights, device):
     return sum_over_ranks(dict(zip(sums, torch.stack(list(sums.values())).tolist())))
 
 
-def speed_of(n, took, waited, coat, device):
-    """What the log says of a step's speed."""
-    speed = {"tokens_per_s": n["tokens"] / took, "audio_s_per_s": n["seconds"] / took,
-             "padding": 1 - n["tokens"] / max(1, n["slots"]), "data_wait": waited / took}
-    if device.type == "cuda":
-        # Forward, and backward to the activations but not to the frozen weights: 4 FLOPs each.
-        flops = 4 * coat.decoder_weights * n["tokens"] / took / WORLD
-        chip = torch.cuda.get_device_name()
-        speed["mfu"] = next((flops / peak for name, peak in PEAKS.items() if name in chip), None)
-        speed["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-    return speed
-
-
 # --------------------------------------------------------------------------------------------------
 # Does it hear?
 
@@ -548,8 +524,7 @@ def main():
               "world": WORLD, "torch": torch.__version__}
     if any(rows != config["rows"] for rows in gather(config["rows"])):
         raise InputError("the ranks find different rows or audio; give all of them the same files")
-    lock = together(claim_folder, args)    # noqa: F841
-    args.out = gather(args.out)[0]
+    held = together(claim_folder, args)    # to the end of the process
 
     tasks = list(dict.fromkeys(task for stage in stages for task in stage.tasks))
     coat, experts, heads, optimizer = together(build, args, tasks, device, checkpoint)
@@ -593,6 +568,8 @@ def main():
         write_file(log_path, "".join(json.dumps(line) + "\n" for line in lines))
     params = [p for group in optimizer.param_groups for p in group["params"]]
     idle = to_device(idle_batch(coat.spec, rates), device)
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peak = next((flops for name, flops in PEAKS.items() if name in chip), None)
     lost_in_a_row = 0
     begin = time.time()
     first_step = progress["step"]
@@ -639,13 +616,21 @@ def main():
             if not n["frames"]:    # rows of text alone say nothing about the experts
                 losses |= dict.fromkeys(stage.weights)
 
-            line = {"step": progress["step"], "stage": number + 1, "lr": lr, **losses,
-                    "grad_norm": norm, **speed_of(n, time.time() - t0, t1 - t0, coat, device),
-                    "skipped": progress["skipped"], "lost": progress["lost"]}
+            took = time.time() - t0
+            line = progress | {
+                "stage": number + 1, "lr": lr, **losses, "grad_norm": norm,
+                "tokens_per_s": n["tokens"] / took, "audio_s_per_s": n["seconds"] / took,
+                "padding": 1 - n["tokens"] / max(1, n["slots"]), "data_wait": (t1 - t0) / took}
+            if device.type == "cuda":
+                # Forward, and backward to the activations but not to the frozen weights: 4 FLOPs.
+                flops = 4 * coat.decoder_weights * n["tokens"] / took / WORLD
+                line["mfu"] = peak and flops / peak
+                line["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
             lines.append(line)
             eta = (time.time() - begin) / (line["step"] - first_step) * (total_steps - line["step"])
-            cells = [f"{key} {value:.3g}" for key, value in line.items() if value is not None]
-            say(" ".join([f"step {line['step']}/{total_steps}", *cells[1:], f"eta {eta:.0f} s"]))
+            cells = [f"{key} {value:.3g}" for key, value in line.items()
+                     if value is not None and key not in progress]
+            say(" ".join([f"step {line['step']}/{total_steps}", *cells, f"eta {eta:.0f} s"]))
             if RANK == 0:
                 with open(log_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
