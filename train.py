@@ -35,7 +35,7 @@ from data import (TONES, Mixture, Rows, Tones, collate, fingerprint, idle_batch,
 from experts import EXPERTS, ExpertUnavailable, load_experts
 from heads import heads_for, terms
 from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
-                   latest_checkpoint, load_coat, mixed_precision, one_line_errors, read_json,
+                   latest_checkpoint, load_coat, one_line_errors, read_json,
                    usable_device, write_file)
 
 # Flags whose default is another one for a backbone. 8 B weights leave little memory. Random weights
@@ -336,7 +336,7 @@ def main():
     def forward(student, batch, teachers):
         """{name: () loss summed over the batch}"""
         targets = expert_targets(teachers, batch)    # z_k = E_k(a) at 25 Hz
-        with mixed_precision(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return student(batch, targets)
 
     # ----------------------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def main():
             if batch["rows"]:
                 batch = to_device(batch, device)
                 heard = expert_targets(experts, batch)
-                with torch.no_grad(), mixed_precision(device):
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     heard["recon"] = coat(batch).audio_embeds
                 for task in clips:
                     clips[task].append(heard[task][0])    # (L, E)
