@@ -41,28 +41,28 @@ def one_line_errors(*kinds, less_memory="a smaller batch, or shorter clips"):
 
     With COAT_TRACEBACK=1 there is a traceback. less_memory: what to try when memory runs out"""
     def hook(kind, error, trace):
-        said = " ".join(str(error).split()) or kind.__name__
+        line = "error: " + (" ".join(str(error).split()) or kind.__name__)
         if os.environ.get("COAT_TRACEBACK") or kinds and not issubclass(kind, kinds):
             return sys.__excepthook__(kind, error, trace)
         if issubclass(kind, BrokenPipeError):    # a program | head
             return os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if issubclass(kind, KeyboardInterrupt):
-            return print("stopped", file=sys.stderr)
-        if "OutOfMemory" in kind.__name__ or kind is MemoryError or "CPUAllocator" in said:
-            said = f"no memory left ({said[:200]}); less is needed with {less_memory}"
-        if kinds or issubclass(kind, ImportError):
+        if kind is KeyboardInterrupt:
+            line = "stopped"
+        elif "OutOfMemory" in kind.__name__ or kind is MemoryError or "CPUAllocator" in line:
+            line = f"error: no memory left ({line[7:200]}); less is needed with {less_memory}"
+        elif kinds or issubclass(kind, ImportError):
             here = [f"{d.name} {d.version}" for d in importlib.metadata.distributions()
                     if d.name in ("torch", "torchaudio", "transformers", "peft")]
-            said += f" (beside {', '.join(here)}); pip install -r requirements.txt"
-        print(f"error: {said}", file=sys.stderr)
+            line += f" (beside {', '.join(here)}); pip install -r requirements.txt"
+        print(line, file=sys.stderr)
 
     sys.excepthook = hook
     if not kinds and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)    # a closed pipe shows at once
 
 
-# The programs import this file before their other libraries: one that is missing, or was built for
-# another version of its neighbour, then ends in one line too.
+# The programs import this file first, so that a library which is missing, or was built for another
+# version of its neighbour, is one line too.
 one_line_errors(ImportError, OSError, RuntimeError)
 
 import peft
@@ -101,8 +101,7 @@ if TRANSFORMERS < (5, 23):
 CACHE = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"    # how models call it
 
 # peft 0.21 asks transformers by a name that it is about to drop; nothing a user could do.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated",
-                        category=FutureWarning)
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,16 +138,14 @@ class Backbone:
     lora_alpha: int = 32
     text_think: str = (" Output the thinking process in <think> </think>"
                        " and final answer in <answer> </answer>.")
-    # To build it without files: its extractor's window, and where it differs from its class.
-    window_seconds: int = 30
+    # To build it without files: where its config differs from its class.
     text_config: dict = field(default_factory=dict)
     audio_config: dict = field(default_factory=dict)
 
 
 BACKBONES = {
     "qwen2-audio": Backbone(
-        hub_id="Qwen/Qwen2-Audio-7B-Instruct",
-        licence="apache-2.0",
+        hub_id="Qwen/Qwen2-Audio-7B-Instruct", licence="apache-2.0",
         model_class=transformers.Qwen2AudioForConditionalGeneration,
         processor_class=transformers.Qwen2AudioProcessor,
         model_types=("qwen2_audio",),
@@ -156,24 +153,20 @@ BACKBONES = {
         text_config=dict(vocab_size=156032, intermediate_size=11008)),
     # The checkpoint also holds a talker. Its extractor would pad every clip to 300 s.
     "qwen2.5-omni": Backbone(
-        hub_id="Qwen/Qwen2.5-Omni-7B",
-        licence="apache-2.0",
+        hub_id="Qwen/Qwen2.5-Omni-7B", licence="apache-2.0",
         model_class=OmniThinker,
         processor_class=Qwen2_5OmniProcessor,
         model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
         audio_marks="<|audio_bos|><|AUDIO|><|audio_eos|>",
         piece_seconds=MAX_SECONDS,
-        audio_kwargs={"max_length": round(MAX_SECONDS * SAMPLE_RATE)},
-        window_seconds=300),
+        audio_kwargs={"max_length": round(MAX_SECONDS * SAMPLE_RATE)}),
     # The processor cuts its 30 s windows itself. It has its own thinking adapter and sentence.
     "audio-flamingo-3": Backbone(
-        hub_id="nvidia/audio-flamingo-3-hf",
-        licence="other (NVIDIA OneWay, non-commercial)",
+        hub_id="nvidia/audio-flamingo-3-hf", licence="other (NVIDIA OneWay, non-commercial)",
         model_class=transformers.AudioFlamingo3ForConditionalGeneration,
         processor_class=transformers.AudioFlamingo3Processor,
         model_types=("audioflamingo3",),
-        audio_marks="<sound>",
-        audio_token="<sound>",
+        audio_marks="<sound>", audio_token="<sound>",
         piece_seconds=MAX_SECONDS,
         text_think="\nPlease think and reason about the input audio before you respond.",
         text_config=dict(vocab_size=151672, hidden_size=3584, intermediate_size=18944,
@@ -184,11 +177,7 @@ BACKBONES = {
 # nothing worth keeping: the adapters are wider.
 BACKBONES["tiny"] = replace(
     BACKBONES["qwen2-audio"],
-    hub_id="",
-    lora_r=32,
-    lora_alpha=64,
-    piece_seconds=4,
-    window_seconds=4,
+    hub_id="", lora_r=32, lora_alpha=64, piece_seconds=4,
     text_config=dict(vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                      num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=8192,
                      initializer_range=128 ** -0.5),
@@ -236,10 +225,8 @@ def n_audio_tokens(n_samples):
 
 def think_block(n_audio, think_ids):
     """b(L_a): a thinking token for each audio token, between two marks; without audio nothing."""
-    if n_audio == 0:
-        return []
     start, think, end = think_ids
-    return [start] + [think] * n_audio + [end]    # equation 2
+    return [start] + [think] * n_audio + [end] if n_audio else []    # equation 2
 
 
 def check_text(coat, text):
@@ -249,31 +236,11 @@ def check_text(coat, text):
         raise InputError(f"the text contains the special token {found[0]}; remove it")
 
 
-# What CoAT.save adds to the chat template of a model that thinks: the block for n_audio audio
-# tokens, given for the chat or beside its clip, and, so that no server forgets it, an error
-# without. No template knows how long a clip is.
-BLOCK_MARK = "{# the thinking block #}"    # where it begins, whatever code wrote it
-BLOCK_TEMPLATE = BLOCK_MARK + f"""\
-{{% if add_generation_prompt %}}{{% set block = namespace(n=0, is_known=true) %}}\
-{{% for m in messages %}}{{% for c in ([m] if m.content is string else m.content) %}}\
-{{% if c.type in ('audio', 'audio_url', 'input_audio') or c.content is string and \
-('<|AUDIO|>' in c.content or '<sound>' in c.content) %}}\
-{{% if c.n_audio is defined %}}{{% set block.n = block.n + c.n_audio %}}\
-{{% else %}}{{% set block.is_known = false %}}{{% endif %}}\
-{{% endif %}}{{% endfor %}}{{% endfor %}}\
-{{% if n_audio is defined %}}{{% set block.n = n_audio %}}{{% elif not block.is_known %}}\
-{{{{ raise_exception('this model has to think first: give the chat template n_audio, the number of '
-'audio tokens, 25 a second; README.md of the model shows how') }}}}{{% endif %}}\
-{{% if block.n %}}{THINK_START}{{{{ '{THINK}' * block.n }}}}{THINK_END}{{% endif %}}{{% endif %}}"""
-
-
 def render_prompt(coat, question, n_pieces):
     """The chat as the released template renders it, with `n_pieces` audio placeholders, up to the
     assistant header. Raises InputError, see check_text."""
     check_text(coat, question)
-    content = [{"type": "text", "text": question}]
-    if n_pieces:
-        content.insert(0, {"type": "audio"})
+    content = [{"type": "audio"}] * bool(n_pieces) + [{"type": "text", "text": question}]
     prompt = coat.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
     return prompt.replace(coat.backbone.audio_token, coat.backbone.audio_token * n_pieces)
@@ -282,7 +249,6 @@ def render_prompt(coat, question, n_pieces):
 def encode_row(coat, wave, prompt, response=None, think=True):
     """One row of build_inputs -> its ids (list), how many of them at the end are targets (response,
     eos), n_audio, and what the processor made of the sound (dict, empty without)."""
-    tokenizer = coat.processor.tokenizer
     n_audio = 0
     pieces = []
     if wave is not None:
@@ -293,11 +259,8 @@ def encode_row(coat, wave, prompt, response=None, think=True):
         # A rest under 30 ms after a whole piece makes no token; the tower would see only padding.
         pieces = [piece.numpy() for piece in cut if n_audio_tokens(len(piece))]
 
-    # What is about sound goes in audio_kwargs: flat keywords would reach the tokenizer too.
-    out = coat.processor(
-        text=render_prompt(coat, prompt, len(pieces)),
-        audio=pieces or None,
-        return_tensors="pt",
+    out = coat.processor(    # flat keywords would reach the tokenizer too
+        text=render_prompt(coat, prompt, len(pieces)), audio=pieces or None, return_tensors="pt",
         audio_kwargs={"sampling_rate": SAMPLE_RATE, **coat.backbone.audio_kwargs})
     ids = out.pop("input_ids")[0].tolist()
     out.pop("attention_mask")
@@ -308,8 +271,8 @@ def encode_row(coat, wave, prompt, response=None, think=True):
     target = []
     if response is not None:
         check_text(coat, response)
-        target += tokenizer(response, add_special_tokens=False).input_ids
-        target.append(tokenizer.convert_tokens_to_ids(coat.backbone.eos[0]))
+        target = coat.processor.tokenizer(response, add_special_tokens=False).input_ids
+        target.append(coat.eos_ids[0])
     return ids + target, len(target), n_audio, dict(out) if pieces else {}
 
 
@@ -339,14 +302,14 @@ def pad_batch(coat, rows):
 
 
 def build_inputs(coat, waves, prompts, responses=None, think=None):
-    """A batch from rows; without `responses` it ends where generation starts.
+    """A batch from rows; without `responses` it ends where generation starts. Raises InputError on
+    a clip out of range or a special token in a text.
 
-    coat       anything with .backbone, .processor, .think_ids (CoAT, or its `.spec` in a worker)
+    coat       a CoAT, or its `.spec` in a worker
     waves      list of (N,) floats at 16 kHz, or None for a row without audio and block
     think      whether prompts have the block; None: as the model was trained
     Returns a dict: input_ids, attention_mask, position_ids, think_mask, audio_mask and labels, each
-    (B, T); n_audio (B,); audio, what the processor made of the sound.
-    Raises InputError on a clip out of range or a special token in a text."""
+    (B, T); n_audio (B,); audio, what the processor made of the sound."""
     think = coat.think if think is None else think
     responses = responses or [None] * len(waves)
     return pad_batch(coat, [encode_row(coat, *row, think)
@@ -386,9 +349,8 @@ class Slots(StaticLayer):
 
 
 class Output(NamedTuple):
-    think_states: torch.Tensor    # (B, L, D) final-layer states at the thinking tokens, H_think;
-                                  # of a model without the block at the audio tokens
-    audio_embeds: torch.Tensor    # (B, L, D) what the LM consumed there, x_A; no gradient
+    think_states: torch.Tensor    # (B, L, D) H_think; without the block, states at the audio tokens
+    audio_embeds: torch.Tensor    # (B, L, D) x_A, what the LM consumed there; no gradient
     valid: torch.Tensor           # (B, L) which of these are real
     ce_sum: torch.Tensor          # () sum of the cross-entropy over the response tokens
     n_targets: int                # how many there are
@@ -409,11 +371,10 @@ class CoAT(nn.Module):
         self.think = think
         self.backbone = BACKBONES[name]
         tokenizer = processor.tokenizer
-        self.audio_id = tokenizer.convert_tokens_to_ids(self.backbone.audio_token)
-        self.eos_ids = tokenizer.convert_tokens_to_ids(list(self.backbone.eos))
-        self.special_tokens = re.compile("|".join(
-            re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()
-            if token.special))
+        self.audio_id, *self.eos_ids = tokenizer.convert_tokens_to_ids(
+            [self.backbone.audio_token, *self.backbone.eos])
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self.special_tokens = re.compile("|".join(map(re.escape, special)))
         suppressed_ids = torch.tensor(think_ids, device=lm.device)
         self.register_buffer("suppressed_ids", suppressed_ids, persistent=False)
 
@@ -425,8 +386,8 @@ class CoAT(nn.Module):
     @property
     def spec(self):
         """What build_inputs needs, without the weights (for data workers)."""
-        names = ("backbone", "processor", "think_ids", "audio_id", "special_tokens", "think")
-        return SimpleNamespace(**{name: getattr(self, name) for name in names})
+        names = "backbone processor think think_ids audio_id eos_ids special_tokens"
+        return SimpleNamespace(**{name: getattr(self, name) for name in names.split()})
 
     @property
     def new_projector(self):
@@ -461,11 +422,8 @@ class CoAT(nn.Module):
         hook = self.hf.model.language_model.register_forward_pre_hook(
             lambda module, args, inputs: embeds.append(inputs["inputs_embeds"]), with_kwargs=True)
         try:
-            out = self.hf.model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                position_ids=batch["position_ids"],
-                **audio, **kwargs)
+            names = ("input_ids", "attention_mask", "position_ids")
+            out = self.hf.model(**{name: batch[name] for name in names}, **audio, **kwargs)
         finally:
             hook.remove()
         return out.last_hidden_state, embeds[0]
@@ -508,10 +466,8 @@ class CoAT(nn.Module):
     @torch.inference_mode()
     def stream(self, batch, max_new_tokens=128, stop=True):
         """Greedy decoding: yields (B,) ids a step until every row has ended, padding for those that
-        have: one prefill over prompt and block, then one step a token.
-
-        The batch must be left padded. With stop=False all max_new_tokens are decoded whatever they
-        are (for timing). Raises InputError if the states are no numbers."""
+        have: one prefill over prompt and block, then one step a token. With stop=False (for
+        timing) rows never end. Raises InputError if the logits are no numbers."""
         batch = to_device(batch, self.hf.device)
         B, T = batch["input_ids"].shape
         n_slots = T + max_new_tokens
@@ -520,8 +476,7 @@ class CoAT(nn.Module):
         h, _ = self.states(batch, use_cache=True, **{CACHE: cache})
         logits = self.hf.lm_head(h[:, -1])
         if not logits.isfinite().all():
-            raise InputError(f"{self.name} gives NaN or infinity for this prompt; are its weights "
-                             f"damaged? They are from {self.model_path or self.backbone.hub_id}")
+            raise InputError(f"{self.name} gives NaN or infinity; are its weights damaged?")
         ids = self.next_ids(logits)
         eos = torch.tensor(self.eos_ids, device=ids.device)
         done = torch.zeros(B, dtype=torch.bool, device=ids.device)
@@ -543,10 +498,9 @@ class CoAT(nn.Module):
 
     def answer(self, wave, rate, question, max_new_tokens=128):
         """The answer to a question about a clip, or, given lists of all three, a list of answers.
+        Raises InputError, see also build_inputs.
 
-        wave       (N,) of floats in [-1, 1], mono, numpy or torch; None: no audio
-        rate       of the clip, in Hz
-        Raises InputError on anything else, see also build_inputs."""
+        wave    (N,) floats in [-1, 1], mono, numpy or torch, `rate` a second; None: no audio"""
         if not isinstance(wave, (list, tuple)):
             return self.answer([wave], [rate], [question], max_new_tokens)[0]
         waves = [clip if clip is None else at_rate(as_wave(clip), hertz, SAMPLE_RATE)
@@ -562,19 +516,17 @@ class CoAT(nn.Module):
             dtype = self.hf.dtype
             for module in self.lm.modules():
                 if isinstance(module, LoraLayer):    # peft would round the update before adding it
-                    weight = module.base_layer.weight
-                    weight.data = weight.data.float()
+                    module.base_layer.float()
                     module.merge()
-                    weight.data = weight.data.to(dtype)
+                    module.base_layer.to(dtype)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="All adapters are already merged")
+                warnings.filterwarnings("ignore", "All adapters are already merged")
                 self.lm = self.lm.merge_and_unload().to(dtype)    # and the rows of the tokens
         return self
 
     def save(self, folder):
-        """Writes a plain PEFT adapter or, once merged, a plain transformers model, with the
-        processor, and in coat.json which backbone they belong to and whether prompts have the
-        block."""
+        """Writes a plain PEFT adapter or, once merged, a plain transformers model, the processor
+        and, in coat.json, the backbone and whether prompts have the block."""
         is_adapter = isinstance(self.lm, peft.PeftModel)
         if is_adapter:
             self.lm.save_pretrained(folder, save_embedding_layers=False)
@@ -586,37 +538,35 @@ class CoAT(nn.Module):
         if self.name == "qwen2.5-omni":
             self.complete_omni(folder, is_adapter)
         template = self.processor.chat_template
-        if self.think:
-            self.processor.chat_template = template + BLOCK_TEMPLATE
+        if self.think:    # no server may forget the block
+            self.processor.chat_template = template + read_asset("thinking_block.jinja")
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"    # for generation
         self.processor.save_pretrained(folder)
         self.processor.chat_template = template
         known = {"backbone": self.name, "model_path": self.model_path, "think": self.think}
         write_file(os.path.join(folder, "coat.json"), json.dumps(known))
-        if self.think and not (is_adapter and self.name == "tiny"):    # which has no base model
+        if self.think and not (is_adapter and self.name == "tiny"):    # it has no base model
             self.write_card(folder, "adapter_card.md" if is_adapter else "model_card.md")
 
     def write_card(self, folder, card):
         """README.md: how to use the folder without this code."""
         files = origin(self.name, self.model_path)
         names = [files["pretrained_model_name_or_path"]] if files else []
-        with open(os.path.join(ASSETS, card), encoding="utf-8") as file:
-            text = string.Template(file.read()).substitute(
-                name=self.name, licence=getattr(self.hf.config, "licence", self.backbone.licence),
-                model_class=type(self.hf).__name__, dtype=str(self.hf.dtype).removeprefix("torch."),
-                origins=json.dumps(names), origin="".join(names),
-                revision=f', revision="{files["revision"]}"' if "revision" in files else "",
-                window=f"{self.backbone.piece_seconds:.0f}")
-        write_file(os.path.join(folder, "README.md"), text)
+        write_file(os.path.join(folder, "README.md"), string.Template(read_asset(card)).substitute(
+            name=self.name, licence=getattr(self.hf.config, "licence", self.backbone.licence),
+            model_class=type(self.hf).__name__, dtype=str(self.hf.dtype).removeprefix("torch."),
+            origins=json.dumps(names), origin="".join(names),
+            revision=f', revision="{files["revision"]}"' if "revision" in files else "",
+            window=f"{self.backbone.piece_seconds:.0f}"))
 
     def complete_omni(self, folder, is_adapter):
-        """What plain classes of Qwen2.5-Omni want of a folder beside ours: the settings for images,
-        and a merged thinker's config inside the full model's, which alone vLLM knows."""
+        """Adds what plain classes of Qwen2.5-Omni want: the settings for images, and a merged
+        thinker's config inside the full model's, the only one that vLLM knows."""
         files = origin(self.name, self.model_path)
         settings = transformers.utils.cached_file(
-            files["pretrained_model_name_or_path"], "preprocessor_config.json",
-            revision=files.get("revision"), _raise_exceptions_for_missing_entries=False,
+            files.pop("pretrained_model_name_or_path"), "preprocessor_config.json", **files,
+            _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False)
         if settings:
             shutil.copy(settings, folder)
@@ -635,14 +585,15 @@ class CoAT(nn.Module):
 
 def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype=None,
               random=False, train_projector=False):
-    """A CoAT: a backbone with the three tokens and, if it was or is to be trained, LoRA.
+    """A CoAT: a backbone with the three tokens and, if it was or is to be trained, LoRA. Raises
+    InputError. Prompts have the block if it was trained so or is to be; a bare backbone has none.
 
     name        a run, a checkpoint, a merged folder, or a name of BACKBONES
-    model_path  where that backbone's files are, see load_backbone; a run remembers it
-    trainable   the adapters and the rows of the three tokens get gradients, in fp32
-    train_projector    so does, of a new adapter, the projector between tower and language model
-    Its prompts have the block if it was trained so, or is to be trained; a bare backbone has none.
-    Raises InputError on an unknown name or files that cannot be read."""
+    model_path  where that backbone's files are: a folder, or NAME@REVISION of the hub; a run knows
+    trainable   LoRA, which is new unless name has it, and the three rows get gradients, in fp32
+    dtype       bf16 on a GPU and fp32 on a CPU unless given
+    random      random weights at full size, for time and memory
+    train_projector    a new adapter trains the projector between tower and language model too"""
     adapter = None
     think = trainable
     if name not in BACKBONES:
@@ -664,10 +615,8 @@ def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype
         lm = load_adapter(lm, adapter, name, trainable)
     elif trainable:
         lm = peft.get_peft_model(lm, peft.LoraConfig(
-            r=BACKBONES[name].lora_r,
-            lora_alpha=BACKBONES[name].lora_alpha,
-            target_modules=LORA_TARGETS,
-            trainable_token_indices={"embed_tokens": think_ids},
+            r=BACKBONES[name].lora_r, lora_alpha=BACKBONES[name].lora_alpha,
+            target_modules=LORA_TARGETS, trainable_token_indices={"embed_tokens": think_ids},
             modules_to_save=["multi_modal_projector"] if train_projector else None))
     if trainable:
         for p in lm.parameters():
@@ -680,12 +629,7 @@ def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype
 
 
 def load_backbone(name, model_path=None, device="cpu", dtype=None, random=False):
-    """(model, processor) of a row of BACKBONES, frozen.
-
-    model_path  a local folder, or a NAME@REVISION of the hub; None: the table's
-    dtype       bf16 on a GPU and fp32 on a CPU unless given
-    random      random weights at full size, for time and memory
-    Raises InputError if the name is unknown or the files are missing or not this backbone's."""
+    """(model, processor) of a row of BACKBONES, frozen; see load_coat. Raises InputError."""
     if name not in BACKBONES:
         raise InputError(f"unknown backbone '{name}'; there are {', '.join(BACKBONES)}")
     if dtype is None:
@@ -701,20 +645,18 @@ def load_backbone(name, model_path=None, device="cpu", dtype=None, random=False)
 
 @contextlib.contextmanager
 def reading(what):
-    """Whatever goes wrong while files are read is an InputError that names them."""
+    """What goes wrong while files are read, of any kind, becomes an InputError that names them."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as e:    # what transformers and peft make of a strange file is of any kind
-        # Its first sentence: what follows is advice about the hub.
-        reason = " ".join(str(e).split()).split(". ")[0].rstrip(".")[:300]
-        raise InputError(f"cannot load {what}: {reason} ({type(e).__name__}); give a folder with "
-                         "all of its files") from e
+    except Exception as e:
+        reason = " ".join(str(e).split()).split(". ")[0][:300]    # then comes advice about the hub
+        raise InputError(f"cannot load {what}: {reason} ({type(e).__name__})") from e
 
 
 def origin(name, model_path=None):
-    """Keywords of from_pretrained that say where a backbone's files are; for tiny none. Raises
+    """Where a backbone's files are, as keywords of from_pretrained; tiny has none. Raises
     InputError."""
     given = str(model_path or BACKBONES[name].hub_id)
     if os.path.isdir(given):
@@ -726,19 +668,20 @@ def origin(name, model_path=None):
 
 
 def read_backbone(backbone, files, device, dtype):
-    """(model, processor) from a folder or the hub. Raises ValueError where transformers passes over
-    what is missing: it makes up a tokenizer, for one."""
+    """(model, processor) from a folder or the hub. Raises ValueError where transformers would make
+    up what is missing, such as a tokenizer."""
     given, _ = transformers.PreTrainedConfig.get_config_dict(**files)
     if given.get("model_type") not in backbone.model_types:
         raise ValueError(f"its config.json is that of '{given.get('model_type')}'")
     if None in (given.get(part, "") for part in ("text_config", "audio_config", "thinker_config")):
         raise ValueError("a part of its config is null")    # it would be the default, of 30 GB
     if given.get("quantization_config"):
-        raise ValueError("its weights are quantised, so an adapter could not be merged into them")
+        raise ValueError("its weights are quantised; no adapter could be merged into them")
     processor = backbone.processor_class.from_pretrained(**files)
     if not processor.chat_template:
         raise ValueError("it has no chat template")
-    processor.chat_template = processor.chat_template.partition(BLOCK_MARK)[0]
+    # Without the block that CoAT.save added: ours is placed by encode_row.
+    processor.chat_template = processor.chat_template.partition("{# the thinking block #}")[0]
     config = backbone.model_class.config_class.from_pretrained(**files)
     if backbone.model_types[0] == "qwen2_5_omni":
         config.vision_config.depth = 0    # also in what is saved, for plain transformers
@@ -755,11 +698,9 @@ def read_weights(model_class, files, **kwargs):
     """A model with all of its weights. Raises ValueError where transformers fills in noise."""
     model, report = model_class.from_pretrained(
         **files, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    wrong = set(report["missing_keys"])
-    wrong.update(key for key, *_ in report["mismatched_keys"])    # they are only in the report
+    wrong = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if wrong:
-        raise ValueError(f"it has no weights for {len(wrong)} tensors, or of another shape, "
-                         f"such as {min(wrong)}")
+        raise ValueError(f"{len(wrong)} tensors are missing or misshapen, such as {min(wrong)}")
     return model
 
 
@@ -775,9 +716,9 @@ You are a helpful assistant.<|im_end|>
 {% endif %}"""
 
 
-def build_random(name, device="cpu", dtype=torch.float32, seed=0):
-    """(model, processor) without files: weights drawn from `seed`, all but tiny's at their full
-    size, and the backbone's own processor class around a byte-level tokenizer."""
+def build_random(name, device, dtype):
+    """(model, processor) without files: random weights, of full size but for tiny, and the own
+    processor class around a byte-level tokenizer."""
     backbone = BACKBONES[name]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", backbone.audio_token]
     named = {}
@@ -785,50 +726,48 @@ def build_random(name, device="cpu", dtype=torch.float32, seed=0):
         special += ["<|audio_bos|>", "<|audio_eos|>"]
         named = dict(zip(("audio_token", "audio_bos_token", "audio_eos_token"), special[3:]))
     vocab = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()) + special)}
-    processor = backbone.processor_class(
-        feature_extractor=transformers.WhisperFeatureExtractor(
-            feature_size=128, chunk_length=backbone.window_seconds, return_attention_mask=True),
-        tokenizer=transformers.Qwen2Tokenizer(
-            vocab=vocab, merges=[], extra_special_tokens=special[1:],
-            model_specific_special_tokens=named),
-        chat_template=TEMPLATE.replace("AUDIO_MARKS", backbone.audio_marks))
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab=vocab, merges=[], extra_special_tokens=special[1:],
+        model_specific_special_tokens=named)
     config = backbone.model_class.config_class(
         text_config=dict(backbone.text_config), audio_config=dict(backbone.audio_config))
+    config.audio_token_id = vocab[backbone.audio_token]
     if name == "qwen2.5-omni":
         config.vision_config.depth = 0
         config.vision_start_token_id = None    # read by its forward, in no class; no token has it
-    config.audio_token_id = vocab[backbone.audio_token]
+    window = config.audio_config.max_source_positions // 50    # s
+    extractor = transformers.WhisperFeatureExtractor(
+        feature_size=128, chunk_length=window, return_attention_mask=True)
+    processor = backbone.processor_class(
+        feature_extractor=extractor, tokenizer=tokenizer,
+        chat_template=TEMPLATE.replace("AUDIO_MARKS", backbone.audio_marks))
     # 8 B weights had better be drawn where they live; tiny is the same on every device.
-    drawn_on = "cpu" if name == "tiny" else device
-    drawn_as = torch.float32 if name == "tiny" else dtype
-    with torch.random.fork_rng(devices=[]), torch.device(drawn_on):
-        torch.manual_seed(seed)
-        model = backbone.model_class._from_config(config, dtype=drawn_as)
+    where, kind = ("cpu", torch.float32) if name == "tiny" else (device, dtype)
+    with torch.random.fork_rng(devices=[]), torch.device(where):
+        torch.manual_seed(0)
+        model = backbone.model_class._from_config(config, dtype=kind)
     return model.to(device, dtype), processor
 
 
 def add_tokens(model, tokenizer, tokens=(THINK_START, THINK, THINK_END)):
-    """Adds tokens -> their ids. Rows of new ones start as the mean of the used rows, the same
-    everywhere; those that a merged folder knows keep theirs."""
+    """Adds tokens -> their ids. New rows start as the mean of the used ones, the same everywhere;
+    a merged folder knows the tokens and keeps its rows."""
     used = len(tokenizer)
-    n_new = tokenizer.add_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in tokens],
-        special_tokens=True)
+    added = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    n_new = tokenizer.add_tokens(added, special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
-    # A table with spare rows never shrinks.
-    if max(ids) >= model.get_input_embeddings().num_embeddings:
+    if max(ids) >= model.get_input_embeddings().num_embeddings:    # spare rows stay
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     if n_new:
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
             table = embedding.weight.data    # (V, D)
-            mean = table[:min(used, min(ids))].mean(0, dtype=torch.float32)
-            table[ids] = mean.to(table.dtype)
+            table[ids] = table[:used].mean(0, dtype=torch.float32).to(table.dtype)
     return ids
 
 
 def load_adapter(lm, folder, name, trainable=False):
-    """The PeftModel of a saved adapter. Raises InputError if it is damaged or another model's."""
-    with reading(f"the adapter in '{folder}' into {name}"):
+    """The PeftModel of a saved adapter. Raises InputError."""
+    with reading(f"the adapter in '{folder}' for {name}"):
         config = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = not trainable
         lm = peft.PeftModel(lm, config)
@@ -841,34 +780,39 @@ def load_adapter(lm, folder, name, trainable=False):
 
 
 def load_text_think(name, folder, model_path=None, device="cpu", dtype=None):
-    """A backbone with its authors' adapter that reasons in text, merged: Audio Flamingo 3's, see
-    table 2 and appendix D.
+    """A backbone with its authors' adapter that reasons in text, merged: Audio Flamingo 3's (table
+    2, appendix D). Raises InputError.
 
-    folder  its `think` folder: a PEFT adapter and non_lora_trainables.bin
-    Raises InputError if one of the files is missing or does not fit."""
+    folder  its `think` folder: a PEFT adapter and non_lora_trainables.bin"""
     lm, processor = load_backbone(name, model_path, device, dtype)
     path = os.path.join(folder, "non_lora_trainables.bin")
     weights = {}
     for key, value in torch.load(path, map_location=device, weights_only=True).items():
         key = key.removeprefix("base_model.model.")
-        # Names as before transformers 5.
-        key = re.sub(r"^language_model\.(lm_head\.)", r"\1", key)
-        key = re.sub(r"^language_model\.model\.", "language_model.", key)
-        if not key.startswith(("model.", "lm_head.")):
-            key = "model." + key
+        for old, new in BEFORE_5.items():
+            key = re.sub("^" + re.escape(old), new, key)
         weights[key] = value.to(lm.dtype)
     # load_state_dict would pass over the names of another layout in silence.
     unknown = lm.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
-        raise InputError(f"'{path}' has {len(unknown)} tensors that {name} has not, such as "
-                         f"{unknown[0]}; it belongs to another model")
+        raise InputError(f"'{path}' is of another model: {name} has no {unknown[0]}")
     lm = load_adapter(lm, folder, name)
     think_ids = add_tokens(lm.get_base_model(), processor.tokenizer)
     return CoAT(lm, processor, name, model_path, think_ids, think=False).merge()
 
 
+# How names in a model began before transformers 5, and how they begin now.
+BEFORE_5 = {"language_model.model.": "model.language_model.", "audio_tower.": "model.audio_tower.",
+            "multi_modal_projector.": "model.multi_modal_projector."}
+
+
 # --------------------------------------------------------------------------------------------------
 # What the programs share: files, flags, devices, folders of runs
+
+def read_asset(name):
+    with open(os.path.join(ASSETS, name), encoding="utf-8") as file:
+        return file.read()
+
 
 def read_json(path):
     """The JSON object of a file. Raises InputError."""
@@ -906,8 +850,8 @@ def usable_device(device=None, name="tiny"):
     CPU. Raises InputError if there is no GPU."""
     backbone = name if name in BACKBONES else saved_as(latest_checkpoint(name))["backbone"]
     if device is None and not torch.cuda.is_available() and backbone != "tiny":
-        raise InputError(f"torch {torch.__version__} finds no GPU for {backbone} (CUDA 13 needs "
-                         "driver 580 or later); to go on without, in fp32, say cpu as device")
+        raise InputError(f"torch {torch.__version__} finds no GPU (CUDA 13 needs driver 580 or "
+                         f"later); to run {backbone} without, in fp32, say --device cpu")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -925,14 +869,12 @@ def saved_as(folder):
 def checkpoint_steps(run):
     """Steps of the whole checkpoint-STEP folders of a run, in order."""
     names = os.listdir(run) if os.path.isdir(run) else []
-    matches = [re.fullmatch(r"checkpoint-(\d+)", name) for name in names]
-    return sorted(int(match[1]) for match in matches if match)
+    return sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
 
 
 def latest_checkpoint(run):
-    """The newest checkpoint-STEP folder of a run, or `run` itself if CoAT.save wrote it.
-
-    Raises InputError if there is none."""
+    """The newest checkpoint-STEP folder of a run, or `run` itself if CoAT.save wrote it. Raises
+    InputError if there is none."""
     if os.path.isfile(os.path.join(run, "coat.json")):
         return run
     steps = checkpoint_steps(run)

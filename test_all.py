@@ -3378,7 +3378,7 @@ def test_folder_of_a_backbone_without_one_of_its_files_is_refused(
     ("config.json", {"model_type": "bert"}, "config.json is that of 'bert'"),
     ("config.json", {"text_config": None}, "part of its config is null"),
     ("config.json", {"quantization_config": {"load_in_4bit": True}}, "quantised"),
-    ("config.json", {"text_config": {"num_hidden_layers": 3}}, "no weights for"),
+    ("config.json", {"text_config": {"num_hidden_layers": 3}}, "tensors are missing"),
     ("config.json", b"\xff\0", "not a valid JSON"), ("tokenizer.json", b"[]", "TypeError"),
     ("chat_template.jinja", b"{{ messages[0].role }}", "number of audio inputs"),
     ("model.safetensors", b"<html>" * 99, "SafetensorError"),
@@ -3413,7 +3413,7 @@ def test_block_in_a_template_is_dropped_whatever_code_wrote_it(hub, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(hub["qwen2-audio"][1], folder)
     template = load_backbone("qwen2-audio", folder)[1].chat_template
-    other = model.BLOCK_MARK + "{{ raise_exception('other code') }}"
+    other = "{# the thinking block #}" + "{{ raise_exception('other code') }}"
     write(folder / "chat_template.jinja", template + other)
     assert load_backbone("qwen2-audio", folder)[1].chat_template == template
 
