@@ -573,15 +573,18 @@ def to_device(batch, device):
     return moved | {"audio": {key: move(value) for key, value in batch["audio"].items()}}
 
 
-def expert_targets(experts, batch):
+def expert_targets(experts, batch, audio_embeds=None):
     """{name: (B, L, E)} z_k, the features of the frozen experts at the thinking tokens (25 Hz).
+    audio_embeds    (B, L, D) of the model's Output, which are recon's
 
     Clip by clip, unpadded: clip-wide normalisation, reflection at the ends and ALiBi depend on the
     true length. In fp32 (a GPU's convolutions: TF32): bf16 would show in their log spectra."""
     targets = {}
     lengths = batch["n_audio"]
     for name, expert in experts.items():
-        if expert.sample_rate is None:    # it hears no wave: its features come with the forward pass
+        if expert.sample_rate is None:    # recon: what the language model consumes
+            if audio_embeds is not None:
+                targets[name] = expert(audio_embeds)
             continue
         frames = [torch.zeros(0, expert.dim, device=lengths.device)]    # none in a batch of text
         for wave, n_audio in zip(batch["waves"][expert.sample_rate], lengths.tolist()):
@@ -1017,7 +1020,7 @@ def pitch_class_of(row):
     from experts import load
     teacher = load("pitch")
     wave, rate = read_audio(row["audio"], row.get("start"), row.get("end"))
-    _, notes, _ = teacher.notes(at_rate(wave, rate, teacher.sample_rate))    # (F, 88) from A0
+    notes = teacher.notes(at_rate(wave, rate, teacher.sample_rate))    # (F, 88) from A0
     strengths = torch.where(notes > 0.5, notes, 0).sum(0)
     by_class = torch.zeros(12).index_add(0, (torch.arange(88) + 9) % 12, strengths)
     return PITCH_CLASSES[by_class.argmax()] if by_class.any() else None

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data import (TONES, Mixture, Rows, Tones, collate, fingerprint, idle_batch, open_source,
                   plan_stage, expert_targets, to_device)
-from experts import EXPERTS, ExpertUnavailable, load_experts
+from experts import EXPERTS, load_experts
 from heads import heads_for, terms
 from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
                    latest_checkpoint, load_coat, mixed_precision, one_line_errors, read_json,
@@ -229,7 +229,7 @@ def draw(lines, stages, path):
 
 
 def main():
-    one_line_errors(ExpertUnavailable, less_memory="--micro-tokens 2048, --checkpointing or "
+    one_line_errors(RuntimeError, less_memory="--micro-tokens 2048, --checkpointing or "
                     "--head-width 1024")
     args = read_flags()
     stages = [parse_stage(text, args) for text in args.stage]
