@@ -771,6 +771,7 @@ def to_device(batch, device):
 
 def expert_targets(experts, batch, audio_embeds=None):
     """{name: (B, L, E)} z_k, the features of the frozen experts at the thinking tokens (25 Hz).
+    audio_embeds    (B, L, D) of the model's Output, which are recon's
 
     Clip by clip, unpadded: clip-wide normalisation, reflection at the ends and ALiBi depend on the
     true length. In fp32 (a GPU's convolutions: TF32): bf16 would show in their log spectra."""
@@ -778,7 +779,8 @@ def expert_targets(experts, batch, audio_embeds=None):
     lengths = batch["n_audio"]
     for name, expert in experts.items():
         if expert.sample_rate is None:    # recon: what the language model consumes
-            targets[name] = expert(audio_embeds)
+            if audio_embeds is not None:
+                targets[name] = expert(audio_embeds)
             continue
         frames = [torch.zeros(0, expert.dim, device=lengths.device)]    # none in a batch of text
         for wave, n_audio in zip(batch["waves"][expert.sample_rate], lengths.tolist()):
@@ -1242,7 +1244,7 @@ def pitch_class_of(row):
     posteriorgram where that is above 0.5. None without a note. Raises InputError."""
     expert = load("pitch")
     wave, rate = read_audio(row["audio"], row.get("start"), row.get("end"))
-    _, notes, _ = expert.notes(at_rate(wave, rate, expert.sample_rate))    # (F, 88) from A0
+    notes = expert.notes(at_rate(wave, rate, expert.sample_rate))    # (F, 88) from A0
     strengths = torch.where(notes > 0.5, notes, 0).sum(0)
     by_class = torch.zeros(12).index_add(0, (torch.arange(88) + 9) % 12, strengths)
     return PITCH_CLASSES[by_class.argmax()] if by_class.any() else None
