@@ -735,7 +735,7 @@ def collate(rows, spec, rates=(), think=True, responses=True, micro_tokens=None)
         except InputError as e:
             skipped.append(e if e is row else InputError(f"row {row.get('row')}: {e}"))
 
-    if micro_tokens:
+    if responses:
         encoded.sort(key=lambda found: len(found[0][0]))
     cuts = []
     for found in encoded:

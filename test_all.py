@@ -61,7 +61,7 @@ import infer
 import model
 from data import (Manifest, Mixture, Rows, Tones, allot, at_rate, collate, open_source, plan_stage,
                   read_audio)
-from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, ExpertUnavailable, SoundEvents,
+from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, SoundEvents,
                      SpeechUnits, load, resample_frames)
 from model import (BACKBONES, IGNORE, THINK, THINK_END, THINK_START, InputError, TooLong,
                    build_inputs, load_backbone, load_coat, n_audio_tokens, render_prompt)
