@@ -64,7 +64,7 @@ from data import (Manifest, Mixture, Rows, Tones, allot, at_rate, collate, open_
 from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, ExpertUnavailable, SoundEvents,
                      SpeechUnits, load, resample_frames)
 from model import (BACKBONES, IGNORE, THINK, THINK_END, THINK_START, InputError, TooLong,
-                   build_inputs, load_backbone, load_coat, n_audio_tokens, render_prompt)
+                   build_inputs, load_coat, n_audio_tokens, render_prompt)
 
 # On the CPU also where there is a GPU, unless COAT_TEST_GPU is set.
 if "COAT_TEST_GPU" not in os.environ:
@@ -461,25 +461,20 @@ def test_training_leaves_the_base_weights_byte_identical(coat, hub):
 
 def test_new_rows_start_as_the_mean_of_the_used_ones_and_a_table_with_room_keeps_its_size(
         coat, hub):
-    name, folder = hub[coat.where]
     spare = {"tiny": 58, "composed": 0} | {name: layout.spare for name, layout in LAYOUTS.items()}
-    lm, processor = load_backbone(name, folder)
-    used = len(processor.tokenizer)
-    size = lm.get_input_embeddings().num_embeddings
-    assert size == used + spare[coat.where]
-    ids = model.add_tokens(lm, processor.tokenizer)
-    assert ids == [used, used + 1, used + 2]
-    for table in (lm.get_input_embeddings().weight, lm.get_output_embeddings().weight):
-        assert len(table) == max(size, used + 3) == lm.config.get_text_config().vocab_size
-        assert_close(table[ids], table[:used].mean(0).expand(3, -1))
+    plain = load_coat(*hub[coat.where])
+    used = len(plain.processor.tokenizer) - 3
+    assert plain.think_ids == [used, used + 1, used + 2]
+    for table in (plain.hf.get_input_embeddings().weight, plain.hf.get_output_embeddings().weight):
+        assert len(table) == plain.hf.config.get_text_config().vocab_size
+        assert len(table) == used + max(3, spare[coat.where])
+        assert_close(table[plain.think_ids], table[:used].mean(0).expand(3, -1))
 
 
 def test_adapter_is_plain_peft(coat, hub, written):
-    lm, processor = load_backbone(*hub[coat.where])
-    model.add_tokens(lm, processor.tokenizer)
-    plain = peft.PeftModel.from_pretrained(lm, written.adapter)
-    again = model.CoAT(plain, processor, coat.name, None, coat.think_ids)
-    assert torch.equal(greedy(again, written.batch), written.said)
+    plain = load_coat(*hub[coat.where])
+    plain.lm = peft.PeftModel.from_pretrained(plain.lm, written.adapter)
+    assert torch.equal(greedy(plain, written.batch), written.said)
 
 
 def test_merged_folder_is_plain_transformers(coat, written):
@@ -3372,10 +3367,10 @@ def test_name_of_nothing_names_what_there_is(name, tmp_path, monkeypatch):
 def test_block_in_a_template_is_dropped_whatever_code_wrote_it(hub, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(hub["qwen2-audio"][1], folder)
-    template = load_backbone("qwen2-audio", folder)[1].chat_template
-    other = "{# the thinking block #}" + "{{ raise_exception('other code') }}"
+    template = load_coat("qwen2-audio", folder).processor.chat_template
+    other = "{# the thinking block #}{{ raise_exception('other code') }}"
     write(folder / "chat_template.jinja", template + other)
-    assert load_backbone("qwen2-audio", folder)[1].chat_template == template
+    assert load_coat("qwen2-audio", folder).processor.chat_template == template
 
 
 @pytest.mark.parametrize("part", ["audio_tower.conv2.weight", "layers.1.mlp.up_proj", "lm_head"])
