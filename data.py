@@ -10,8 +10,8 @@ A manifest holds one JSON object a line; audio paths are relative to it, null is
     {"audio": "clips/rain.flac", "prompt": "What is heard?", "response": "rain", "task": "caption"}
 
 Optional: "start" and "end" in seconds (a segment of the file), "seconds" (its length, saves opening
-the file to sort by length), "choices" (the options of a multiple-choice row) and "question" (what a
-judge is shown instead of the prompt). Rows count from 0, here and in all files and messages.
+the file to sort by length), "choices" (the options of a multiple-choice row), "question" (what a
+judge is shown instead of the prompt). Rows count from 0 in all files and messages.
 """
 import argparse
 import ast
@@ -40,15 +40,15 @@ from torchaudio.functional import resample
 from experts import EXPERTS, load, resample_frames
 from model import (ASSETS, IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError, build_inputs,
                    check_seconds, check_text, encode_row, load_coat, one_line_errors, pad_batch,
-                   pad_rows)
+                   pad_rows, read_json)
 
 MAX_KERNEL = 2 ** 24      # taps of a resampling kernel; for 44,099 Hz it would take gigabytes
 MAX_PEAK = 2.0            # mp3 and resampling go a bit above 1, integers stored as float far above
 STREAMED = 0x7f000000     # bytes, and 2 ** 40 frames: headers of a pipe state more, and know nothing
-# How a stream begins, for formats whose files are joined at times; an mp3: with a frame or a tag.
-STARTS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22", "MP3": rb"ID3|\xff[\xe0-\xff]"}
-# Further formats that show whether a file is whole.
-STATED = ("WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "CAF")
+# How a stream begins, where files are joined at times.
+STARTS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22",
+          "MP3": rb"\AID3|\A\xff[\xe0-\xff]"}
+WHOLE = {*STARTS, "WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "CAF"}    # or they show that not
 # The usual way takes an open file for each tensor that comes from a data process.
 torch.multiprocessing.set_sharing_strategy("file_system")
 
@@ -89,8 +89,7 @@ class Sound(soundfile.SoundFile):
 def open_audio(clip, start=None, end=None, name=None):
     """Opens a clip, or a segment of it in seconds, and checks all that its header says.
 
-    name    of a clip that is bytes, for messages
-    Returns (Sound, first frame, frame after the last). Raises InputError."""
+    Returns (Sound, first frame, frame after the last). Raises InputError with the name."""
     name = name or clip
     if isinstance(clip, str) and not os.path.isfile(clip):
         raise InputError(f"no file '{name}'; check the path")
@@ -106,7 +105,7 @@ def open_audio(clip, start=None, end=None, name=None):
     rate = sound.samplerate
     first = round((start or 0) * rate)
     last = sound.length if end is None else min(sound.length, round(end * rate))
-    if sound.format not in (*STARTS, *STATED):
+    if sound.format not in WHOLE:
         raise InputError(f"'{name}' is {sound.format}, which cannot tell whether it is whole; "
                          "convert it to wav or flac")
     # libsndfile reads what is left of a file; only its log tells.
@@ -119,15 +118,6 @@ def open_audio(clip, start=None, end=None, name=None):
                          f"it lasts {sound.length / rate:.2f} s")
     check_seconds((last - first) / rate, f"'{name}'")
     return sound, first, last
-
-
-def goes_on(sound):
-    """Whether another stream follows the one that was decoded to its end, as in joined files."""
-    if sound.format == "MP3":    # was read frame by frame; what may be left is a frame, or a tag
-        rest = sound.stream.read()
-        return len(rest) > 4096 and bool(re.match(STARTS["MP3"], rest))
-    sound.stream.seek(4)
-    return sound.format in STARTS and bool(re.search(STARTS[sound.format], sound.stream.read()))
 
 
 def read_audio(clip, start=None, end=None, name=None):
@@ -148,7 +138,10 @@ def read_audio(clip, start=None, end=None, name=None):
         if len(frames) < 0.99 * (last - first):
             raise InputError(f"'{name}' is cut off: {len(frames)} of {last - first} samples; "
                              "copy it again")
-        if last == sound.length and goes_on(sound):
+        if sound.format != "MP3":    # that was read frame by frame; of one more a rest may be left
+            sound.stream.seek(4)
+        rest = sound.stream.read() if last == sound.length else b""
+        if len(rest) > 4096 and re.search(STARTS.get(sound.format, b"$^"), rest):
             raise InputError(f"'{name}' goes on after its end at {last / sound.samplerate:.2f} s, "
                              "as joined files do; decode them one by one, or export it again")
     peak = np.abs(frames).max()
@@ -212,8 +205,7 @@ def fingerprint(source):
     for path in source.files:
         with open(path, "rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
-    if isinstance(source, Benchmark):
-        found.update(json.dumps(source.rows).encode())
+    found.update(json.dumps(getattr(source, "rows", "")).encode())    # of a benchmark
     return found.hexdigest()
 
 
@@ -221,17 +213,7 @@ NUMBER = (int, float, type(None))
 KINDS = {"prompt": str, "response": str, "task": str, "audio": (str, type(None)), "start": NUMBER,
          "end": NUMBER, "seconds": NUMBER, "choices": (list, type(None)),
          "question": (str, type(None))}
-LOADED_KEYS = {"wave", "rate", "row"}    # what loading adds
-
-
-def fits(value, kind):
-    """Whether a value of a row is of its kind, and of use."""
-    if isinstance(value, bool) or not isinstance(value, kind):
-        return False
-    if kind is NUMBER:
-        return 0 <= (value or 0) <= 1e6
-    texts = [value] if kind is str else value if isinstance(value, list) else []
-    return all(isinstance(text, str) and text.strip() for text in texts)
+LOADED_KEYS = ("wave", "rate", "row")    # what loading adds
 
 
 def parse_row(line, where, answered=True):
@@ -244,11 +226,17 @@ def parse_row(line, where, answered=True):
         json.dumps(row, ensure_ascii=False).encode()    # fails at half a character
     except (ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{where}: {e}; write one JSON object a line, in UTF-8") from e
-    bad = [key for key, kind in KINDS.items() if not fits(row.get(key), kind)]
-    bad += row.keys() & LOADED_KEYS    # those are taken
+    bad = [key for key in LOADED_KEYS if key in row]
+    for key, kind in KINDS.items():
+        value = row.get(key)
+        texts = [value] if kind is str else value if isinstance(value, list) else ["-"]
+        if not isinstance(value, kind) or isinstance(value, bool) or not all(
+                isinstance(text, str) and text.strip() for text in texts) or (
+                kind is NUMBER and not 0 <= (value or 0) <= 1e6):
+            bad.append(key)
     if bad:
-        raise InputError(f'{where}: "{bad[0]}" is missing, empty or of another kind; a row has '
-                         '"audio", "prompt", "response"; data.py convert reads other formats')
+        raise InputError(f'{where}: "{bad[0]}" is missing, empty, taken or of another kind; a row '
+                         'has "audio", "prompt", "response"; data.py convert reads other formats')
     row["task"] = row["task"].strip().lower()
     return row
 
@@ -260,14 +248,14 @@ class Manifest:
     memory. Raises InputError with the line's number if one is malformed."""
 
     files = ()
-    left_out = ()    # part of skipped: what is known to be no row
+    left_out = ()    # of skipped, what is known without looking at the audio
 
     def __init__(self, *paths):
         self.paths = self.files = paths
         self.first = [0]       # number of each file's first row; at the end the number of rows
         self.tasks = Counter()
         starts = array("q")    # first byte of each row in its file
-        stated = array("d")
+        stated = array("d")    # seconds of each row, nan where unknown
         for path in paths:
             if os.path.isdir(path) or path.endswith(".parquet"):
                 raise InputError(f"'{path}' is no manifest; python data.py convert hub writes one")
@@ -279,9 +267,9 @@ class Manifest:
                 if line.strip():
                     i = len(starts) - self.first[-1]
                     row = parse_row(line, f"{path}, row {i} (line {number})")
-                    seconds = 0 if row["audio"] is None else row["seconds"]
+                    seconds = math.nan if row["seconds"] is None else row["seconds"] or -1
                     starts.append(start)
-                    stated.append(math.nan if seconds is None else seconds or -1)
+                    stated.append(0 if row["audio"] is None else seconds)
                     self.tasks[row["task"]] += 1
                 start += len(line)
             if len(starts) == self.first[-1]:
@@ -291,7 +279,7 @@ class Manifest:
         self.stated = np.array(stated)
 
     def __len__(self):
-        return len(self.stated)    # (rows,) seconds, nan where unknown
+        return len(self.stated)
 
     def where(self, i):
         """-> the path of row i's file, its number there"""
@@ -299,6 +287,7 @@ class Manifest:
         return self.paths[k], i - self.first[k]
 
     def __getitem__(self, i):
+        """Row i without its wave."""
         start = self.starts[i]    # IndexError after the last one, which ends a loop over the rows
         path, number = self.where(i)
         with open(path, "rb") as file:    # anew: processes that share an open one share its place
@@ -309,13 +298,13 @@ class Manifest:
         return row
 
     def clip(self, i, row):
-        return row["audio"]
+        """The clip of row i and what else read_audio takes."""
+        return row["audio"], row.get("start"), row.get("end"), row["audio"]
 
     def load(self, i):
         row = self[i]
         if row["audio"] is not None:
-            row["wave"], row["rate"] = read_audio(self.clip(i, row), row.get("start"),
-                                                  row.get("end"), row["audio"])
+            row["wave"], row["rate"] = read_audio(*self.clip(i, row))
         return row
 
     @functools.cached_property
@@ -329,8 +318,7 @@ class Manifest:
             try:
                 if row.get("seconds") is not None:
                     check_seconds(row["seconds"], f"'{row['audio']}'")
-                sound, first, last = open_audio(self.clip(i, row), row.get("start"),
-                                                row.get("end"), row["audio"])
+                sound, first, last = open_audio(*self.clip(i, row))
                 with sound:
                     lengths[i] = (last - first) / sound.samplerate
             except InputError as e:
@@ -340,9 +328,6 @@ class Manifest:
 
     lengths = property(lambda self: self.headers[0])
     skipped = property(lambda self: self.headers[1])
-
-    def draw(self, n, rng):
-        return passes(usable_rows(self), n, rng)
 
     @property
     def about(self):
@@ -355,6 +340,9 @@ class Manifest:
         """[usable row numbers] of each file."""
         rows = usable_rows(self)
         return np.split(rows, np.searchsorted(rows, self.first[1:-1]))
+
+    def draw(self, n, rng):
+        return passes(usable_rows(self), n, rng)
 
 
 def allot(n, weights, caps):
@@ -390,9 +378,9 @@ class Mixture(Manifest):
         self.groups = {}        # {group: (share, draw by size?, numbers of its sources)}
         self.max_epochs = []    # of each source
         paths = []
+        with open(path, encoding="utf-8") as file:
+            text = "".join(line for line in file if not line.lstrip().startswith("//"))
         try:
-            with open(path, encoding="utf-8") as file:
-                text = "".join(line for line in file if not line.lstrip().startswith("//"))
             spec = json.loads(text)
             limit = spec.pop("max_epochs", math.inf)
             self.stage_rows = int(spec.pop("rows", 1_600_000))
@@ -403,27 +391,24 @@ class Mixture(Manifest):
                 paths += [os.path.join(os.path.dirname(path), source["rows"]) for source in sources]
                 self.max_epochs += [float(source.get("max_epochs", limit)) for source in sources]
                 by_size = {"uniform": False, "by size": True}[given.pop("draw", "uniform")]
-                self.groups[group] = (float(given.pop("share")), by_size, members)
-                spec |= given    # what is left
-            numbers = [*self.max_epochs, *(share for share, _, _ in self.groups.values())]
-            if spec or text.count('"share"') != len(self.groups) or not 0 < min(numbers) or math.inf in numbers[len(paths):]:
-                raise ValueError("shares and max_epochs are above 0, names come once; unknown keys: "
-                                 f"{list(spec)}")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-                RecursionError) as e:
-            raise InputError(f"'{path}' is no mixture ({type(e).__name__}: {e}); see "
+                share = float(given.pop("share"))
+                self.groups[group] = (share, by_size, members)
+                spec |= given    # nothing may be left
+                if not 0 < share < math.inf or not sources:
+                    raise ValueError(f"{group} needs a share above 0 and sources")
+            if spec or not min(self.max_epochs) > 0 or text.count('"share"') > len(self.groups):
+                raise ValueError("max_epochs is above 0, each group comes once, and there is no "
+                                 f"other key: {', '.join(spec)}")
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
+            raise InputError(f"'{path}' is no mixture ({type(e).__name__}: {e}); compare it with "
                              "assets/mixture.json") from e
         super().__init__(*paths)
         self.files = (path, *paths)
 
-    def caps(self, n):
-        """(sources,) the most rows of each in a stage of n."""
-        return np.array([int(min(n, limit * len(rows))) if len(rows) else 0
-                         for rows, limit in zip(self.usable, self.max_epochs)])
-
     def counts(self, n):
         """(sources,) how many of n rows come from each. Raises InputError if there are fewer."""
-        caps = self.caps(n)
+        caps = np.array([int(min(n, limit * len(rows))) if len(rows) else 0
+                         for rows, limit in zip(self.usable, self.max_epochs)])
         shares = [share for share, _, _ in self.groups.values()]
         budget = allot(n, shares, [caps[members].sum() for _, _, members in self.groups.values()])
         if budget.sum() < n:
@@ -444,11 +429,11 @@ class Mixture(Manifest):
     def report(self, n):
         """Lines that say what a stage of n rows draws from each group and source."""
         counts = self.counts(n)
+        total = sum(share for share, _, _ in self.groups.values())
         lines = [f"{'usable rows':>14}{'share':>8}{'drawn':>10}{'epochs':>8}"]
         for group, (share, _, members) in self.groups.items():
             drawn = counts[members].sum()
-            asked = share / sum(share for share, _, _ in self.groups.values())
-            lines.append(f"{'':14}{drawn / n:8.2%}{drawn:10}{'':8}  {group} (asked: {asked:.2%})")
+            lines.append(f"{drawn / n:22.2%}{drawn:10}{'':10}{group} (asked: {share / total:.2%})")
             for k in members:
                 rows = len(self.usable[k])
                 lines.append(f"{rows:14}{counts[k] / n:8.2%}{counts[k]:10}"
@@ -740,21 +725,14 @@ SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aiff", ".ai
 FAMILIES = ("General", "AIR-Bench", "Music", "Emotion", "ASR")    # of benchmarks, table 1
 CLASSES = ("emotion", "genre")    # tasks whose wordings ask for one of fixed options
 ROW_KEYS = ("benchmark", "family", "max_new_tokens", "rule", "wer", "prompt_is_ours")
-
-
-def read_descriptions(name):
-    """A file of assets -> {name: description}; one that is "like" another has what that one has."""
-    with open(os.path.join(ASSETS, name), encoding="utf-8") as file:
-        found = json.load(file)
-    for name, spec in found["sets"].items():
-        found["sets"][name] = found["sets"].get(spec.pop("like", name)) | spec
-    return found
-
-
-CORPORA = read_descriptions("corpora.json")["sets"]
-BENCHMARKS = read_descriptions("benchmarks.json")["sets"]
-WORDINGS = read_descriptions("corpora.json")["wordings"]    # {task: prompts}, {} is the question
+CORPORA = read_json(os.path.join(ASSETS, "corpora.json"))
+WORDINGS = CORPORA.pop("wordings")    # {task: prompts}, {} is the question
+BENCHMARKS = read_json(os.path.join(ASSETS, "benchmarks.json"))
 TASKS = {*WORDINGS, *TONES, "unlabelled"}
+for SETS in (CORPORA, BENCHMARKS):
+    SETS.pop("keys")    # what they mean
+    for name, spec in SETS.items():
+        SETS[name] = SETS.get(spec.pop("like", name)) | spec
 
 
 class LeftOut(Exception):
@@ -836,21 +814,19 @@ def make_rows(spec, cells, root="", audio=None):
 
 
 def read_choices(given):
-    """A list, {"A": text, ..}, "a|b|c", lines, or a list in a text -> [text]; "A. text" and
-    "(A) text" lose their letter. Raises LeftOut."""
-    if isinstance(given, str) and not given.startswith("["):
-        given = given.strip().split("\n" if "\n" in given else "|")
-    with contextlib.suppress(ValueError, SyntaxError):
-        given = ast.literal_eval(given) if isinstance(given, str) else given
+    """A list, "a|b|c", lines, or a list in a text -> [text]; "A. text" and "(A) text" lose their
+    letter. Raises LeftOut."""
+    if isinstance(given, str) and given.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):
+            given = ast.literal_eval(given)
     if isinstance(given, str):
-        raise LeftOut("with choices that are no list")
-    given = given.values() if isinstance(given, dict) else given or ()
-    texts = ["" if text is None else str(text).strip() for text in given]
-    marks = [re.match(rf"\(?{letter}[.):]\s*", text) for letter, text in zip(LETTERS, texts)]
-    if all(mark or not text for mark, text in zip(marks, texts)):
-        texts = [text[mark.end():] if mark else text for mark, text in zip(marks, texts)]
+        given = given.strip().split("\n" if "\n" in given else "|")
+    texts = ["" if text is None else str(text).strip() for text in given or ()]
     while texts and not texts[-1]:
         texts.pop()
+    marks = [re.match(rf"\(?{letter}[.):]\s*", text) for letter, text in zip(LETTERS, texts)]
+    if all(marks):
+        texts = [text[mark.end():] for mark, text in zip(marks, texts)]
     if not all(texts) or not 2 <= len(texts) <= len(LETTERS):    # the letters after it would change
         raise LeftOut("with an empty choice, or fewer than two")
     return texts
@@ -863,10 +839,12 @@ def find_choice(answer, choices, by_letter=False):
     if not by_letter and answer.casefold() in texts:
         return texts.index(answer.casefold())
     found = re.fullmatch(r"\(?([A-Z]|\d+)\b[.):]*\s*(.*)", answer, re.I | re.S)
-    number = LETTERS.find(found[1].upper()) if found and not found[1].isdigit() else int(
-        found[1] if found else -1)
-    fits = 0 <= number < len(texts) and (by_letter or found[2].casefold() in ("", texts[number]))
-    return number if fits else None
+    if found:
+        name = found[1]
+        number = int(name) if name.isdigit() else LETTERS.index(name.upper())
+        if number < len(texts) and (by_letter or found[2].casefold() in ("", texts[number])):
+            return number
+    return None
 
 
 def find_audio(place):
@@ -928,7 +906,8 @@ def corpus_items(name, root, split):
     """Yields {column: value} of the items of a corpus, or why one becomes no row."""
     spec = CORPORA[name]
     as_named = spec.get("split_names", {}).get(split, split)
-    tables = [f"{glob.escape(root)}/{table.replace('{split}', as_named)}" for table in as_list(spec["table"])]
+    tables = [glob.escape(root) + "/" + table.replace("{split}", as_named)
+              for table in as_list(spec["table"])]
     paths = next(filter(None, map(glob.glob, tables)), None)
     if not paths:
         raise InputError(f"no file '{tables[0]}'; {layout_of(name)}")
@@ -941,20 +920,14 @@ def corpus_items(name, root, split):
             items = [{"file": os.path.relpath(path, root)}] * path.lower().endswith(SOUNDS)
         else:
             items = read_table(path, spec.get("quoted", True), spec.get("each", ()))
-        column, pattern = spec.get("only", ("", ""))
         for cells in items:
-            if not re.search(pattern.replace("{split}", split), str(cells.get(column))):
-                continue
             cells |= {"split": split, "folder": os.path.relpath(os.path.dirname(path), root)}
             odd = []
-            for column_, form in spec.get("parse", {}).items():
-                found = re.search(form, cells[column_], re.S)
+            for column, form in spec.get("parse", {}).items():
+                found = re.search(form.replace("{split}", split), str(cells[column]), re.S)
                 cells |= found.groupdict() if found else {}
-                odd += [f"form of {column_}"] * (not found)
-            for column_, names in spec.get("names", {}).items():
-                odd += [f"{column_}, {cells[column_]}"] * (cells[column_] not in names)
-                cells[column_] = names.get(cells[column_])
-            yield f"of another {odd[0]}" if odd else cells
+                odd += [] if found else [column]
+            yield f"with another {odd[0]}" if odd else cells
 
 
 def open_dataset(place, config=None, split=None, **options):
@@ -994,20 +967,21 @@ class Benchmark(Manifest):
         name, revision, place = re.fullmatch(r"([^@=]+)(?:@([^=]+)|=(.+))?", text).groups()
         spec = BENCHMARKS[name] | {"benchmark": name}
         corpus = spec.get("corpus")
+        hub = spec.get("hub")
         revision = revision or spec.get("revision")
-        self.table = None    # datasets.Dataset
         self.column = spec.get("clip", "audio")
-        self.origin = place or f"{spec.get('hub')}, {spec['split']}, {revision or 'newest revision'}"
-        if corpus and (not place and "hub" not in spec
-                       or os.path.isdir(place or "") and not glob.glob(f"{place}/*.arrow")):
-            items = [item for item in corpus_items(corpus, place or f"{name}=ROOT", spec["split"])
+        self.table = None    # datasets.Dataset
+        if corpus and os.path.isdir(place or "") and not glob.glob(f"{place}/*.arrow"):
+            items = [item for item in corpus_items(corpus, place, spec["split"])
                      if not isinstance(item, str)]
             spec = CORPORA[corpus] | spec | {"response": CORPORA[corpus]["response"]}
-        else:
-            options = {"data_files": spec["data_files"]} if "data_files" in spec else {}
-            self.table = open_dataset(place or spec["hub"], spec.get("config"), spec["split"],
+        elif place or hub:
+            options = {key: spec[key] for key in ("data_files",) if key in spec}
+            self.table = open_dataset(place or hub, spec.get("config"), spec["split"],
                                       revision=revision, **options)
             items = self.table.remove_columns(self.column)
+        else:
+            raise InputError(f"{name} is not on the hub; give {name}=ROOT: {layout_of(corpus)}")
         self.rows = []
         self.left_out = []
         for i, cells in enumerate(items):
@@ -1015,25 +989,28 @@ class Benchmark(Manifest):
             try:
                 self.rows += make_rows(spec, cells, place, self.table and label)
             except LeftOut as e:
-                self.rows.append({"audio": label, "task": "left out"})
+                self.rows.append({"audio": label, "task": spec["task"]})
                 self.left_out.append((i, InputError(f"{label}: {e}")))
         self.paths = (name,)
         self.first = [0, len(self.rows)]
         self.tasks = Counter(row["task"] for row in self.rows)
         self.stated = np.full(len(self.rows), math.nan)
         self.stated[[i for i, _ in self.left_out]] = 0
-        self.ours = "; the prompt is ours" * spec.get("prompt_is_ours", False)
+        self.origin = place or f"{hub}, {spec['split']}, revision {revision or 'newest'}"
+        self.origin += "; the prompt is ours" * spec.get("prompt_is_ours", False)
 
     def __getitem__(self, i):
         return dict(self.rows[i])
 
     def clip(self, i, row):
-        cell = self.table[int(i)][self.column] if self.table else {"path": row["audio"]}
-        return cell.get("bytes") or cell["path"]
+        if not self.table:
+            return super().clip(i, row)
+        cell = self.table[int(i)][self.column]
+        return cell["bytes"] or cell["path"], None, None, row["audio"]
 
     @property
     def about(self):
-        return f"{self.paths[0]} from {self.origin}: {super().about}{self.ours}"
+        return f"{self.paths[0]}: {super().about}; from {self.origin}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1072,73 +1049,62 @@ def any_table(args):
         cells |= {name: names[cells[name]] for name, names in labels.items()}
         texts = {"response": cells[args.response],
                  "question": cells[prompt] if prompt else (args.question or "").format_map(cells)}
+        clip = cells[audio] if audio else None
         if None in cells:    # where csv puts cells beyond the header's
             yield "with more cells than columns (quote text with commas)"
         elif any(isinstance(text, (list, dict, type(None))) for text in texts.values()):
             yield "with no text where one belongs"
         else:
-            clip = cells[audio] if audio else None
-            if isinstance(clip, dict):
-                clip = save_clip(clip, os.path.abspath(f"{args.clips}/{i:07}"))
+            if isinstance(clip, dict) and clip["bytes"]:    # of a data set; written as it is stored
+                ending = os.path.splitext(clip["path"] or "")[1]
+                path = f"{args.clips}/{i:07}{ending or '.' + Sound(clip['bytes']).format.lower()}"
+                with open(path, "wb") as file:
+                    file.write(clip["bytes"])
+                clip = {"path": os.path.abspath(path)}
             kept = {f"{name}_" if name in {*KINDS, *LOADED_KEYS} else name: cells[name]
                     for name in args.keep}
             spec = {"task": args.task, "response": "{response}", "choices": args.choices,
                     "wordings": ["{}"] if texts["question"] else None, "question": "{question}",
                     "audio": audio and "{clip}", "keep": {name: f"{{{name}}}" for name in kept}}
-            yield spec, cells | kept | texts | {"clip": clip}, os.path.dirname(args.root)
-
-
-def save_clip(cell, stem):
-    """Writes a clip of a data set as it is stored -> its path."""
-    if not cell["bytes"]:
-        return cell["path"]
-    ending = os.path.splitext(cell["path"] or "")[1] or f".{Sound(cell['bytes']).format.lower()}"
-    with open(stem + ending, "wb") as file:
-        file.write(cell["bytes"])
-    return stem + ending
+            texts["clip"] = clip["path"] if isinstance(clip, dict) else clip
+            yield spec, cells | kept | texts, os.path.dirname(args.root)
 
 
 CLIP_KEYS = ("audios", "audio", "sounds", "sound", "audio_url", "path", "url")
-MARK = re.compile(r"<\|?(audio|sound|speech|music|voice)\w*\|?>", re.I)    # of a clip in a text
+MARK = re.compile(r"<\|?(?:audio|sound|speech|music|voice)\w*\|?>", re.I)    # of a clip in a text
 
 
-def clips_of(value):
-    """Paths in a value of a conversation: a text, a list, or a part such as {"audio": path}."""
-    if isinstance(value, dict):
-        value = [value[key] for key in CLIP_KEYS if value.get(key)]
-    if isinstance(value, list):
-        return [clip for part in value for clip in clips_of(part)]
-    return [str(value)] if value else []
+def text_and_clips(value):
+    """A turn of a conversation, a text or a list of parts -> (text, [paths])."""
+    parts = [{"text": value}] if isinstance(value, str) else value or []
+    clips = [part.get(key) for part in parts for key in CLIP_KEYS]
+    return "\n".join(part.get("text", "") for part in parts), list(filter(None, clips))
 
 
 def any_messages(args):
     """Conversations: "messages" or "conversations", "query" and "response", or "instruction",
     "input" and "output"; the clip under one of CLIP_KEYS, or a part of the question."""
-    spec = {"task": args.task, "question": "{question}", "response": "{response}",
-            "wordings": ["{}"]}
     for item in read_table(args.root):
         turns = item.get("messages") or item.get("conversations") or [
-            item.get("query") or f"{item.get('instruction', '')}\n{item.get('input', '')}",
-            item.get("response") or item.get("output")]
-        turns = [turn.get("content") or turn.get("value") if isinstance(turn, dict) else turn
-                 for turn in turns]
-        texts = ["\n".join(part.get("text") or "" for part in turn if isinstance(part, dict))
-                 if isinstance(turn, list) else str(turn or "") for turn in turns]
-        in_turns = [clips_of(turn) if isinstance(turn, list) else [] for turn in turns]
-        clips = clips_of({key: item[key] for key in CLIP_KEYS if key in item}) or sum(in_turns, [])
-        marks = sum((MARK.findall(text) for text in texts), [])
-        other = [key for key, value in item.items() if str(value).lower().endswith(SOUNDS)]
-        if len(texts) != 2 or item.get("system") or item.get("history"):
+            {"value": item.get("query") or f"{item.get('instruction')}\n{item.get('input')}"},
+            {"value": item.get("response") or item.get("output")}]
+        if len(turns) != 2 or item.get("system") or item.get("history"):
             yield "not of one question and one answer"
-        elif MARK.search(texts[1]) or in_turns[1]:
+            continue
+        (question, parts), (answer, answered) = (
+            text_and_clips(turn.get("content") or turn.get("value")) for turn in turns)
+        given = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or parts
+        other = [key for key, value in item.items() if str(value).lower().endswith(SOUNDS)]
+        if answered or MARK.search(answer):
             yield "with a clip in the answer"
-        elif len(clips) > 1 or len(marks) > 1:
+        elif len(given) > 1 or len(MARK.findall(question)) > 1:
             yield "with several clips"
-        elif not clips and (other or marks):
-            yield f"with a clip under \"{''.join(other[:1])}\", not \"audio\""
+        elif not given and (other or MARK.search(question)):
+            yield f"with a clip under '{''.join(other[:1])}', not 'audio'"
         else:
-            cells = {"question": MARK.sub("", texts[0]), "response": texts[1], "clip": clips[:1]}
-            yield spec | {"audio": clips and "{clip[0]}"}, cells, os.path.dirname(args.root)
+            spec = {"task": args.task, "question": "{q}", "response": "{a}", "wordings": ["{}"]}
+            cells = {"q": MARK.sub("", question), "a": answer, "clip": "".join(given)}
+            yield spec | {"audio": given and "{clip}"}, cells, os.path.dirname(args.root)
 
 
 ANY = {"csv": any_table, "json": any_table, "hub": any_table, "messages": any_messages}
