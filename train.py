@@ -8,7 +8,7 @@ Without --data it trains on synthetic tones. The run folder gets config.json (th
 (a line a step), losses.png and checkpoint-STEP/: a plain PEFT adapter with the tokenizer, the heads
 with the scales of their losses (heads.safetensors), and what a resumed run needs (state.pt).
 
-`forward_backward` is the method; `main` sets up and has the loop over the steps.
+`forward_backward` is the method; `train` has the loop over the steps.
 """
 import argparse
 import contextlib
@@ -313,11 +313,13 @@ def open_data(args, stages):
 
 def load_steps(source, plan, collate_step, args, device):
     """Yields ([micro-batches], [InputError of rows left out]) of each step of a plan."""
+    steps = iter(torch.utils.data.DataLoader(
+        Rows(source), batch_sampler=plan.tolist(), num_workers=args.workers,
+        collate_fn=collate_step, pin_memory=device.type == "cuda",
+        worker_init_fn=lambda worker: on_signals(signal.SIG_IGN)))    # they are for the rank
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # torch's raises in the midst of a step
     try:
-        yield from torch.utils.data.DataLoader(
-            Rows(source), batch_sampler=plan.tolist(), num_workers=args.workers,
-            collate_fn=collate_step, pin_memory=device.type == "cuda",
-            worker_init_fn=lambda worker: on_signals(signal.SIG_IGN))    # they are for the rank
+        yield from steps
     except RuntimeError as e:    # a data process was killed
         STOP.append(e)
         yield [], []
@@ -355,12 +357,13 @@ def rehearse(student, sources, plans, collate_step, device):
 
 def claim_folder(args):
     """Makes the run folder -> a lock that keeps other runs out of it."""
-    if RANK == 0:
-        os.makedirs(args.out, exist_ok=True)
-        if checkpoint_steps(args.out) and not args.resume:
-            raise InputError(f"'{args.out}' holds a run; give --resume or another --out")
-        lock = FileLock(os.path.join(args.out, ".lock"))
-        return lock.acquire(timeout=15)    # the data processes of a killed run end in some seconds
+    if RANK > 0:
+        return contextlib.nullcontext()
+    os.makedirs(args.out, exist_ok=True)
+    if checkpoint_steps(args.out) and not args.resume:
+        raise InputError(f"'{args.out}' holds a run; give --resume or another --out")
+    lock = FileLock(os.path.join(args.out, ".lock"))
+    return lock.acquire(timeout=15)    # the data processes of a killed run end in some seconds
 
 
 def save(args, progress, coat, heads, optimizer):
@@ -505,27 +508,9 @@ def ask_heldout(coat, kinds, args):
 
 # --------------------------------------------------------------------------------------------------
 
-def main():
-    one_line_errors(less_memory="--micro-tokens 2048, --checkpointing or --head-width 1024")
-    if WORLD > 1:    # rank 0 calibrates and saves while the others wait
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    args, checkpoint = together(read_flags)
-    stages = [parse_stage(text, args) for text in args.stage]
+def train(args, stages, device, sources, plans, config, checkpoint):
+    """All stages, step by step (section 3.4)."""
     total_steps = sum(stage.steps for stage in stages)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = args.device
-    if WORLD > 1 and args.device != "cpu" and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = together(usable_device, device, args.backbone)
-    sources, plans = together(open_data, args, stages)
-    config = {"flags": vars(args), "rows": [fingerprint(source) for source in sources],
-              "world": WORLD, "torch": torch.__version__}
-    if any(rows != config["rows"] for rows in gather(config["rows"])):
-        raise InputError("the ranks find different rows or audio; give all of them the same files")
-    held = together(claim_folder, args)    # to the end of the process
-
     tasks = list(dict.fromkeys(task for stage in stages for task in stage.tasks))
     coat, experts, heads, optimizer = together(build, args, tasks, device, checkpoint)
     rates = {expert.sample_rate for expert in experts.values()} - {None}
@@ -582,9 +567,10 @@ def main():
         student = Student(coat, heads, {task: experts[task] for task in stage.tasks})
         if WORLD > 1:
             student = distribute(student, optimizer, idle)
-        steps = load_steps(sources[number], plans[number][first:], collate_step, args, device)
+        plan = plans[number][first:]
         t0 = time.time()
-        for i, (batches, left_out) in enumerate(steps, first):
+        for i, (batches, left_out) in enumerate(
+                load_steps(sources[number], plan, collate_step, args, device), first):
             t1 = time.time()
             for reason in left_out:
                 say(f"skipped: {reason}", each=True)
@@ -651,6 +637,28 @@ def main():
             say(f"stopped {go_on}")
         elif kinds and args.heldout:
             ask_heldout(coat, kinds[0], args)
+
+
+def main():
+    one_line_errors(less_memory="--micro-tokens 2048, --checkpointing or --head-width 1024")
+    if WORLD > 1:    # rank 0 calibrates and saves while the others wait
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    args, checkpoint = together(read_flags)
+    stages = [parse_stage(text, args) for text in args.stage]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = args.device
+    if WORLD > 1 and args.device != "cpu" and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = together(usable_device, device, args.backbone)
+    sources, plans = together(open_data, args, stages)
+    config = {"flags": vars(args), "rows": [fingerprint(source) for source in sources],
+              "world": WORLD, "torch": torch.__version__}
+    if any(rows != config["rows"] for rows in gather(config["rows"])):
+        raise InputError("the ranks find different rows or audio; give all of them the same files")
+    with together(claim_folder, args):
+        train(args, stages, device, sources, plans, config, checkpoint)
     if WORLD > 1:
         dist.destroy_process_group()
 
