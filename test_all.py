@@ -3703,7 +3703,7 @@ def test_killed_data_process_ends_the_run_in_one_line_with_a_save(tmp_path):
     ended(process, status=1)
     step = logged(tmp_path / "run", "step")[-1]
     last = open(process.log).read().strip().splitlines()[-1]
-    assert last.startswith("error: DataLoader worker") and f"saved after step {step}" in last
+    assert "DataLoader worker" in last and f"saved after step {step}" in last
     assert os.path.exists(tmp_path / "run" / f"checkpoint-{step}" / "state.pt")
 
 

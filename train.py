@@ -50,10 +50,10 @@ DEFAULTS = {
     "tiny": dict(stage=["100:recon=0.3", "260:recon=0.3,pitch=0.3"], batch=8, lr=2e-3,
                  calibrate=32, threads=1, workers=1),
 }
-# What may differ in a resumed run; of the data, the rows are compared.
-FREE_FLAGS = {"resume", "out", "data", "save_every", "keep", "workers", "device", "heldout"}
-# What the adapter and the heads of a run fit.
-MODEL_FLAGS = ("backbone", "model_path", "head", "head_width", "focal_gamma")
+# What may differ in a resumed run; the rows of --data are compared.
+FREE_FLAGS = {"resume", "out", "data", "save_every", "log_every", "keep", "workers", "device",
+              "heldout"}
+MODEL_FLAGS = ("backbone", "model_path", "head", "head_width", "focal_gamma")    # of --init-from
 MAX_LOST = 5    # steps in a row that cannot be taken
 # Dense bf16 peaks by the vendor's datasheets, FLOP/s, for the log's MFU.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -70,6 +70,10 @@ def absolute(text):
     """A path that is there as an absolute one: a run may be resumed from another folder."""
     is_path = os.path.exists(text) and text.partition(":")[0] != "tones"
     return os.path.abspath(text) if is_path else text
+
+
+def heldout(text):
+    return int(text) if text.isdigit() else absolute(text)
 
 
 def build_parser():
@@ -95,6 +99,7 @@ def build_parser():
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="recompute activations in the backward pass: less memory, more time")
     add("--compile", action="store_true", help="torch.compile each decoder layer")
+    add("--train-projector", action="store_true", help="the audio projector, too")
     add("--random-experts", action="store_true", help="for tests and timing only")
     for task, expert in EXPERTS.items():
         if expert.filename:
@@ -113,7 +118,9 @@ def build_parser():
             ("save-every", COUNT, 1000, "steps between checkpoints"),
             ("keep", COUNT, 2, "how many checkpoints stay"),
             ("workers", WORKERS, 2, "data processes a rank"),
-            ("heldout", in_range(int, 0, 10 ** 6), 60, "tone questions of a kind, at the end")):
+            ("log-every", COUNT, 10, "steps between lines on the screen; log.jsonl has all"),
+            ("heldout", heldout, 60, "rows.jsonl whose losses are logged at each checkpoint; or "
+             "how many questions of a kind follow a run on tones")):
         add(f"--{flag}", type=kind, default=default, help=f"{meaning} ({default})")
     return parser
 
@@ -260,7 +267,8 @@ class Student(torch.nn.Module):
 def build(args, tasks, device, checkpoint):
     """CoAT, {task: frozen expert}, heads, and the optimizer; the same weights on every rank."""
     torch.manual_seed(args.seed)
-    coat = load_coat(checkpoint or args.backbone, args.model_path, trainable=True, device=device)
+    coat = load_coat(checkpoint or args.backbone, args.model_path, trainable=True, device=device,
+                     train_projector=args.train_projector)
     coat.think = not args.no_think
     if args.checkpointing:
         coat.checkpoint_activations()
@@ -278,18 +286,6 @@ def build(args, tasks, device, checkpoint):
               {"params": matrices, "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
     return coat, experts, heads, optimizer
-
-
-def distribute(student, optimizer, idle):
-    """The student under DDP. `idle` is a batch of which nothing is learned."""
-    optimizer.zero_grad(set_to_none=True)    # they are parts of the buckets of the stage before
-    student = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
-                                      gradient_as_bucket_view=True)
-    # Its first backward pass decides the order of its buckets, and the order of a sum shows in its
-    # last bit. After an idle pass, a resumed run sums as an uninterrupted one does.
-    sum(student(idle).values()).backward()
-    optimizer.zero_grad(set_to_none=False)
-    return student
 
 
 # --------------------------------------------------------------------------------------------------
@@ -316,12 +312,12 @@ def load_steps(source, plan, collate_step, args, device):
     steps = iter(torch.utils.data.DataLoader(
         Rows(source), batch_sampler=plan.tolist(), num_workers=args.workers,
         collate_fn=collate_step, pin_memory=device.type == "cuda",
-        worker_init_fn=lambda worker: on_signals(signal.SIG_IGN)))    # they are for the rank
+        worker_init_fn=lambda worker: os.setpgid(0, 0)))    # signals to a group are for the rank
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # torch's raises in the midst of a step
     try:
         yield from steps
     except RuntimeError as e:    # a data process was killed
-        STOP.append(e)
+        STOP.append(InputError(str(e)))    # without its frames
         yield [], []
 
 
@@ -369,19 +365,15 @@ def claim_folder(args):
 def save(args, progress, coat, heads, optimizer):
     """checkpoint-STEP, whole or not at all: it gets its name last. Rank 0 writes."""
     final = os.path.join(args.out, f"checkpoint-{progress['step']}")
-    if RANK or os.path.exists(final):
+    if RANK > 0 or os.path.exists(final):
         return
     new = final + ".tmp"
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        coat.save(new)
-        safetensors.torch.save_model(heads, os.path.join(new, "heads.safetensors"))
-        torch.save({"progress": progress, "optimizer": optimizer.state_dict()},
-                   os.path.join(new, "state.pt"))
-        os.rename(new, final)
-    except BaseException:    # such as a full disk
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+    shutil.rmtree(new, ignore_errors=True)    # of a kill, or a full disk
+    coat.save(new)
+    safetensors.torch.save_model(heads, os.path.join(new, "heads.safetensors"))
+    state = {"progress": progress, "optimizer": optimizer.state_dict()}
+    torch.save(state, os.path.join(new, "state.pt"))
+    os.rename(new, final)
     for old in checkpoint_steps(args.out)[:-args.keep]:
         shutil.rmtree(os.path.join(args.out, f"checkpoint-{old}"))
 
@@ -420,11 +412,13 @@ def draw(lines, path):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for name in ("ce", *(term for task in EXPERTS for term in terms(task))):
+    names = ["ce", *(term for task in EXPERTS for term in terms(task))]
+    for name in names + [f"heldout_{name}" for name in names]:
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
             pieces = np.array_split(points, min(300, len(points)))
-            axes.semilogy(*np.transpose([piece.mean(0) for piece in pieces]), label=name)
+            style = "o--" if name.startswith("heldout") else "-"
+            axes.semilogy(*np.transpose([piece.mean(0) for piece in pieces]), style, label=name)
     axes.set(xlabel="step", ylabel="ce: nats a token; experts: 1 is the best constant")
     axes.legend()
     figure.savefig(path, dpi=80)
@@ -441,9 +435,9 @@ def learning_rate(stage, i, warmup):
     return stage.lr * (0.5 + 0.5 * math.cos(math.pi * (i - warm) / (stage.steps - warm)))
 
 
-def count(batches, **more):
-    """What a step holds over all ranks, and the sums of `more`."""
-    n = dict(targets=0, frames=0, tokens=0, slots=0, seconds=0) | more
+def count(batches):
+    """What micro-batches hold."""
+    n = dict(targets=0, frames=0, tokens=0, slots=0, seconds=0)
     for batch in batches:
         if batch["rows"]:
             n["targets"] += (batch["labels"][:, 1:] != IGNORE).sum().item()
@@ -451,7 +445,7 @@ def count(batches, **more):
             n["tokens"] += batch["attention_mask"].sum().item()
             n["slots"] += batch["input_ids"].numel()    # with padding
             n["seconds"] += batch["seconds"]
-    return sum_over_ranks(n)
+    return n
 
 
 def forward_backward(student, batches, n, weights, device):
@@ -460,7 +454,7 @@ def forward_backward(student, batches, n, weights, device):
     Each is a sum over the global batch divided by its count over the global batch, so that it does
     not matter how the rows are cut into micro-batches and ranks.
 
-    n           what `count` says of the step
+    n           what `count` says, over all ranks
     weights     {term: w_k}"""
     sums = Counter()
     for batch in batches:
@@ -479,7 +473,23 @@ def forward_backward(student, batches, n, weights, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# Does it hear?
+# What has been learned
+
+@torch.no_grad()
+def heldout_losses(student, source, weights, collate_step, batch_size, device):
+    """{"heldout_ce", and of the terms in `weights`}: means over rows that are not trained on."""
+    rows = np.argsort(source.lengths, kind="stable")[RANK::WORLD].tolist()
+    sums = Counter()
+    for i in range(0, len(rows), batch_size):
+        batches, _ = collate_step([Rows(source)[row] for row in rows[i:i + batch_size]])
+        sums.update(count(batches))
+        for batch in batches:
+            losses = student(to_device(batch, device))
+            sums.update({name: loss.item() for name, loss in losses.items()})
+    sums = sum_over_ranks({name: sums[name] for name in ("targets", "frames", "ce", *weights)})
+    return {f"heldout_{name}": sums[name] / max(1, sums["targets" if name == "ce" else "frames"])
+            for name in ("ce", *weights)}
+
 
 def ask_heldout(coat, kinds, args):
     """Held-out questions about tones and, as a control, the same over another row's clip."""
@@ -516,10 +526,15 @@ def train(args, stages, device, sources, plans, config, checkpoint):
     rates = {expert.sample_rate for expert in experts.values()} - {None}
     collate_step = functools.partial(collate, spec=coat.spec, rates=rates, think=coat.think,
                                      micro_tokens=args.micro_tokens)
-    say(f"{args.backbone} on {WORLD} x {device}: {sum(p.numel() for p in coat.parameters()):,} "
-        f"weights; heads {sum(p.numel() for p in heads.parameters()):,} ({', '.join(tasks)})\n"
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    of_coat, of_heads, trained = [sum(p.numel() for p in some) / 1e6
+                                  for some in (coat.parameters(), heads.parameters(), params)]
+    flops = 4 * coat.decoder_weights    # a token: forward, and backward to activations alone
+    say(f"{args.backbone} on {WORLD} x {device}: {of_coat:.2f} M weights, heads {of_heads:.2f} M "
+        f"({', '.join(tasks)}), {trained:.2f} M trained; {flops / 1e9:.3g} GFLOP a token\n"
         f"{total_steps} steps of {args.batch} rows, to {args.out}")
     known = together(load_heads, heads, checkpoint) if checkpoint else ()
+    progress = {"step": 0, "skipped": sum(len(s.skipped) for s in set(sources)), "lost": 0}
     if args.resume:
         began = read_json(os.path.join(args.resume, "config.json"))
         if began["rows"] != config["rows"]:
@@ -529,9 +544,9 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             if began[what] != config[what]:
                 say(f"!! not bit for bit: {what} was {began[what]}, now {config[what]}")
         progress = together(load_progress, optimizer, checkpoint, device)
+        if progress["step"] == total_steps:
+            say("this run is finished; no step is left")
     else:
-        # Rows that could not be used and steps that could not be taken are counted.
-        progress = {"step": 0, "skipped": sum(len(s.skipped) for s in set(sources)), "lost": 0}
         source = next((source for source in sources if source.lengths.any()), sources[0])
         most = max(stage.steps for stage in stages)
         rows = plan_stage(source, most, args.batch, args.seed, sources.index(source)).ravel()
@@ -551,35 +566,46 @@ def train(args, stages, device, sources, plans, config, checkpoint):
     lines = read_log(log_path, progress["step"])
     if RANK == 0:    # what came after the checkpoint is done again
         write_file(log_path, "".join(json.dumps(line) + "\n" for line in lines))
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    idle = to_device(idle_batch(coat.spec, rates), device)
     chip = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((flops for name, flops in PEAKS.items() if name in chip), None)
+    heldout_rows = None
+    if isinstance(args.heldout, str):
+        heldout_rows = together(open_source, args.heldout)
+        say(f"held out: {heldout_rows.about}")
     lost_in_a_row = 0
     begin = time.time()
     first_step = progress["step"]
+    bar = tqdm(total=total_steps, initial=first_step, dynamic_ncols=True,
+               disable=RANK > 0 or not sys.stderr.isatty())
     on_signals(lambda number, frame: STOP.append(number))
 
     for number, stage in enumerate(stages):
-        first = progress["step"] - sum(before.steps for before in stages[:number])
-        if first >= stage.steps:
+        i = progress["step"] - sum(before.steps for before in stages[:number])
+        if not 0 <= i < stage.steps:
             continue
         student = Student(coat, heads, {task: experts[task] for task in stage.tasks})
+        trained = student
         if WORLD > 1:
-            student = distribute(student, optimizer, idle)
-        plan = plans[number][first:]
+            optimizer.zero_grad(set_to_none=True)    # they are parts of the last stage's buckets
+            trained = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
+                                              gradient_as_bucket_view=True)
+            # The first backward pass decides the order of the buckets, which shows in the last bit.
+            # After an idle one, a resumed run sums as an uninterrupted one does.
+            sum(trained(to_device(idle_batch(coat.spec, rates), device)).values()).backward()
+            optimizer.zero_grad(set_to_none=False)
+        plan = plans[number][i:]
         t0 = time.time()
-        for i, (batches, left_out) in enumerate(
-                load_steps(sources[number], plan, collate_step, args, device), first):
+        for batches, left_out in load_steps(sources[number], plan, collate_step, args, device):
             t1 = time.time()
             for reason in left_out:
                 say(f"skipped: {reason}", each=True)
-            n = count(batches, stop=len(STOP), skipped=len(left_out))
+            n = sum_over_ranks(count(batches) | {"stop": len(STOP), "skipped": len(left_out)})
             if n["stop"]:
                 break
-            losses = forward_backward(student, batches, n, stage.weights, device)
+            losses = forward_backward(trained, batches, n, stage.weights, device)
             norm = torch.nn.utils.clip_grad_norm_(params, args.clip).item()
             lr = learning_rate(stage, i, args.warmup)
+            i += 1
             progress["step"] += 1
             progress["skipped"] += n["skipped"]
             if n["targets"] and math.isfinite(norm + sum(losses.values())):
@@ -591,9 +617,8 @@ def train(args, stages, device, sources, plans, config, checkpoint):
                 progress["lost"] += 1
                 lost_in_a_row += 1
                 rows = [row["row"] for batch in batches for row in batch["rows"]]
-                why = f"step {progress['step']} is left out: the loss of rows {rows} is not finite"
-                if not n["targets"]:
-                    why = f"step {progress['step']} is left out: none of its rows can be used"
+                why = f"the loss of rows {rows} is not finite" if rows else "no row can be used"
+                why = f"step {progress['step']} is left out: {why}"
                 say(f"!! {why}", each=True)
                 losses, norm = dict.fromkeys(losses), None
                 if lost_in_a_row == MAX_LOST:
@@ -608,23 +633,28 @@ def train(args, stages, device, sources, plans, config, checkpoint):
                 "tokens_per_s": n["tokens"] / took, "audio_s_per_s": n["seconds"] / took,
                 "padding": 1 - n["tokens"] / max(1, n["slots"]), "data_wait": (t1 - t0) / took}
             if device.type == "cuda":
-                # Forward, and backward to the activations but not to the frozen weights: 4 FLOPs.
-                flops = 4 * coat.decoder_weights * n["tokens"] / took / WORLD
-                line["mfu"] = peak and flops / peak
+                line["mfu"] = peak and flops * n["tokens"] / took / WORLD / peak
                 line["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+            saves = line["step"] % args.save_every == 0 or line["step"] == total_steps
+            if saves and heldout_rows:
+                line |= heldout_losses(student, heldout_rows, stage.weights, collate_step,
+                                       args.batch // WORLD, device)
             lines.append(line)
             eta = (time.time() - begin) / (line["step"] - first_step) * (total_steps - line["step"])
             cells = [f"{key} {value:.3g}" for key, value in line.items()
                      if value is not None and key not in progress]
-            say(" ".join([f"step {line['step']}/{total_steps}", *cells, f"eta {eta:.0f} s"]))
+            if saves or line["step"] % args.log_every == 0 or line["step"] == first_step + 1:
+                say(" ".join([f"step {line['step']}/{total_steps}", *cells, f"eta {eta:.0f} s"]))
+            bar.update()
             if RANK == 0:
                 with open(log_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
-            if line["step"] % args.save_every == 0 and line["step"] < total_steps:
+            if saves:
                 together(save, args, progress, coat, heads, optimizer)
             t0 = time.time()
     together(save, args, progress, coat, heads, optimizer)
     on_signals(signal.SIG_DFL)
+    bar.close()
 
     go_on = f"after step {progress['step']}; go on with: python train.py --resume {args.out}"
     for reason in STOP:
@@ -635,7 +665,7 @@ def train(args, stages, device, sources, plans, config, checkpoint):
         kinds = [source.kinds for source in sources if isinstance(source, Tones)]
         if progress["step"] < total_steps:
             say(f"stopped {go_on}")
-        elif kinds and args.heldout:
+        elif kinds and args.heldout and not heldout_rows:
             ask_heldout(coat, kinds[0], args)
 
 
