@@ -42,8 +42,7 @@ from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_ste
                    write_file)
 
 PAPER_STAGES = ["100000:recon", "100000:all"]    # section 3.4
-# Defaults of a backbone. 8 B weights leave little memory. Random weights know nothing to be kept,
-# so tiny learns faster and leans on its answers.
+# 8 B weights leave little memory. Random weights know nothing worth keeping: tiny learns faster.
 LARGE = dict(checkpointing=True, micro_tokens=8192)
 DEFAULTS = {
     "qwen2-audio": LARGE, "qwen2.5-omni": LARGE, "audio-flamingo-3": LARGE,
@@ -72,10 +71,6 @@ def absolute(text):
     return os.path.abspath(text) if is_path else text
 
 
-def heldout(text):
-    return int(text) if text.isdigit() else absolute(text)
-
-
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,8 +84,8 @@ def build_parser():
     add("--init-from", type=absolute, help="run or checkpoint to take adapter and heads from")
     add("--stage", action="append", help="once a stage: STEPS:EXPERTS[:LR], an expert perhaps with "
         f"its weight: 500:recon,pitch=0.5:2e-4; or all, or none ({' '.join(PAPER_STAGES)})")
-    add("--no-think", action="store_true", help="no thinking block; experts that --stage names "
-        "stand on the audio tokens' own states, without --stage there are none")
+    add("--no-think", action="store_true", help="no thinking block, and no experts; those that "
+        "--stage names stand on the audio tokens' own states")
     add("--head", default="transformer", choices=["transformer", "linear"], help="projection heads")
     add("--head-width", type=COUNT, help="width inside the heads (the backbone's)")
     add("--micro-tokens", type=COUNT, help="most tokens at once on a rank, with padding (all)")
@@ -112,15 +107,15 @@ def build_parser():
             ("clip", POSITIVE, 1.0, "largest norm of the gradient"),
             ("w-pitch-aux", in_range(float, 0, 1e9), 1.0, "of the focal-BCE inside L_pitch"),
             ("focal-gamma", in_range(float, 0, 100), 2.0, "of that term; 0 is plain BCE"),
-            ("calibrate", COUNT, 64, "clips that give the scales of the losses: the first of the "
-             "first stage that has audio"),
+            ("calibrate", COUNT, 64, "first clips of stage 1, which give the losses their scales"),
             ("seed", in_range(int, 0, 2 ** 31 - 1), 0, "of new weights and the order of rows"),
             ("save-every", COUNT, 1000, "steps between checkpoints"),
             ("keep", COUNT, 2, "how many checkpoints stay"),
             ("workers", WORKERS, 2, "data processes a rank"),
             ("log-every", COUNT, 10, "steps between lines on the screen; log.jsonl has all"),
-            ("heldout", heldout, 60, "rows.jsonl whose losses are logged at each checkpoint; or "
-             "how many questions of a kind follow a run on tones")):
+            ("heldout", lambda text: int(text) if text.isdigit() else absolute(text), 60,
+             "rows.jsonl, whose losses are logged at each checkpoint; of tones how many questions "
+             "of a kind are asked at the end")):
         add(f"--{flag}", type=kind, default=default, help=f"{meaning} ({default})")
     return parser
 
@@ -295,16 +290,16 @@ def open_data(args, stages):
     """([source of each stage], [(steps, rows) row numbers of each stage that are this rank's])"""
     n_rows = sum(stage.steps for stage in stages) * args.batch
     opened = {text: open_source(text, n_rows, args.seed) for text in args.data}
+    sources = [opened[text] for text in args.data]
     plans = []
-    for number, (stage, text) in enumerate(zip(stages, args.data)):
-        plan = plan_stage(opened[text], stage.steps, args.batch, args.seed, number)
+    for number, (stage, source) in enumerate(zip(stages, sources)):
+        plan = plan_stage(source, stage.steps, args.batch, args.seed, number)
         plans.append(plan.reshape(stage.steps, WORLD, -1)[:, RANK])
-    for text, source in opened.items():
-        n_rows = sum(stage.steps for stage, of in zip(stages, args.data) if of == text) * args.batch
-        say(f"{source.about}; {n_rows / (len(source) - len(source.skipped)):.1f} epochs")
+        epochs = plan.size / (len(source) - len(source.skipped))
+        say(f"stage {number + 1}: {source.about}; {epochs:.3g} epochs")
         if isinstance(source, Mixture):
-            say("\n".join(source.report(stages[args.data.index(text)].steps * args.batch)))
-    return [opened[text] for text in args.data], plans
+            say("\n".join(source.report(plan.size)))
+    return sources, plans
 
 
 def load_steps(source, plan, collate_step, args, device):
@@ -332,34 +327,36 @@ def calibrate(student, tasks, source, rows, collate_step, device):
             for task in tasks:
                 clips[task].append(student.targets[task][0])    # (L, E)
     for task, found in clips.items():
-        if found:
-            student.heads.calibrate(task, found)
-        elif rows:
-            raise InputError(f"none of the first {len(rows)} clips can be used")
+        if not found:
+            raise InputError(f"none of the {len(rows)} clips of stage 1 gives {task} its scale")
+        student.heads.calibrate(task, found)
+
+
+def millions(parameters):
+    return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
 
 
 def rehearse(student, sources, plans, collate_step, device):
     """The step with the longest row of the run, of which nothing is learned: what does not fit in
     memory says so now, and not in a week."""
-    steps = [(source, plan[source.lengths[plan].max(1).argmax()])
-             for source, plan in zip(sources, plans)]
-    source, rows = max(steps, key=lambda step: step[0].lengths[step[1]].max())
+    source, plan = max(zip(sources, plans), key=lambda of: of[0].lengths[of[1]].max())
+    rows = plan[source.lengths[plan].max(1).argmax()]
     for batch in collate_step([Rows(source)[row] for row in rows.tolist()])[0]:
         sum(student(to_device(batch, device)).values()).backward()
 
 
 # --------------------------------------------------------------------------------------------------
-# The run folder
+# The run folder, and a step
 
 def claim_folder(args):
     """Makes the run folder -> a lock that keeps other runs out of it."""
-    if RANK > 0:
-        return contextlib.nullcontext()
     os.makedirs(args.out, exist_ok=True)
     if checkpoint_steps(args.out) and not args.resume:
         raise InputError(f"'{args.out}' holds a run; give --resume or another --out")
-    lock = FileLock(os.path.join(args.out, ".lock"))
-    return lock.acquire(timeout=15)    # the data processes of a killed run end in some seconds
+    if RANK > 0:
+        return contextlib.nullcontext()
+    # The data processes of a killed run need some seconds to end.
+    return FileLock(os.path.join(args.out, ".lock")).acquire(timeout=15)
 
 
 def save(args, progress, coat, heads, optimizer):
@@ -379,11 +376,11 @@ def save(args, progress, coat, heads, optimizer):
 
 
 def load_heads(heads, checkpoint):
-    """Loads the heads, with their scales, that a checkpoint has -> their tasks."""
+    """Loads the heads, with their scales, that a checkpoint has -> names of what is loaded."""
     weights = safetensors.torch.load_file(os.path.join(checkpoint, "heads.safetensors"))
     known = {name: weights[name] for name in heads.state_dict() if name in weights}
     heads.load_state_dict(known, strict=False)
-    return {name.split(".")[0] for name in known}
+    return known
 
 
 def load_progress(optimizer, checkpoint, device):
@@ -397,13 +394,10 @@ def load_progress(optimizer, checkpoint, device):
 
 
 def read_log(path, last_step):
-    """The lines of log.jsonl up to a step. A kill may have cut one."""
-    lines = []
+    """The lines of log.jsonl up to a step, without one that a kill has cut."""
     with open(path, "a+") as file:
         file.seek(0)
-        for text in file:
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
+        lines = [json.loads(text) for text in file.read().splitlines() if text.endswith("}")]
     return [line for line in lines if line["step"] <= last_step]
 
 
@@ -423,9 +417,6 @@ def draw(lines, path):
     axes.legend()
     figure.savefig(path, dpi=80)
 
-
-# --------------------------------------------------------------------------------------------------
-# A step
 
 def learning_rate(stage, i, warmup):
     """Of step i of a stage: a straight rise, then a cosine to zero."""
@@ -451,11 +442,8 @@ def count(batches):
 def forward_backward(student, batches, n, weights, device):
     """{"loss", "ce", and the experts' terms} of a step over all ranks; leaves the gradients.
 
-    Each is a sum over the global batch divided by its count over the global batch, so that it does
-    not matter how the rows are cut into micro-batches and ranks.
-
-    n           what `count` says, over all ranks
-    weights     {term: w_k}"""
+    Each is a sum over the global batch divided by its count over the global batch (n), so that it
+    does not matter how the rows are cut into micro-batches and ranks. weights: {term: w_k}"""
     sums = Counter()
     for batch in batches:
         last = batch is batches[-1]    # only the last micro-batch exchanges gradients
@@ -471,9 +459,6 @@ def forward_backward(student, batches, n, weights, device):
             sums[name] += loss.detach()
     return sum_over_ranks(dict(zip(sums, torch.stack(list(sums.values())).tolist())))
 
-
-# --------------------------------------------------------------------------------------------------
-# What has been learned
 
 @torch.no_grad()
 def heldout_losses(student, source, weights, collate_step, batch_size, device):
@@ -516,8 +501,6 @@ def ask_heldout(coat, kinds, args):
         f"  python infer.py ask {args.out} {clip} \"{question}\"")
 
 
-# --------------------------------------------------------------------------------------------------
-
 def train(args, stages, device, sources, plans, config, checkpoint):
     """All stages, step by step (section 3.4)."""
     total_steps = sum(stage.steps for stage in stages)
@@ -527,11 +510,10 @@ def train(args, stages, device, sources, plans, config, checkpoint):
     collate_step = functools.partial(collate, spec=coat.spec, rates=rates, think=coat.think,
                                      micro_tokens=args.micro_tokens)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    of_coat, of_heads, trained = [sum(p.numel() for p in some) / 1e6
-                                  for some in (coat.parameters(), heads.parameters(), params)]
     flops = 4 * coat.decoder_weights    # a token: forward, and backward to activations alone
-    say(f"{args.backbone} on {WORLD} x {device}: {of_coat:.2f} M weights, heads {of_heads:.2f} M "
-        f"({', '.join(tasks)}), {trained:.2f} M trained; {flops / 1e9:.3g} GFLOP a token\n"
+    say(f"{args.backbone} on {WORLD} x {device}: {millions(coat.parameters())} weights, heads "
+        f"{millions(heads.parameters())} ({', '.join(tasks)}), {millions(params)} trained; "
+        f"{flops / 1e9:.3g} GFLOP a token\n"
         f"{total_steps} steps of {args.batch} rows, to {args.out}")
     known = together(load_heads, heads, checkpoint) if checkpoint else ()
     progress = {"step": 0, "skipped": sum(len(s.skipped) for s in set(sources)), "lost": 0}
@@ -547,13 +529,12 @@ def train(args, stages, device, sources, plans, config, checkpoint):
         if progress["step"] == total_steps:
             say("this run is finished; no step is left")
     else:
-        source = next((source for source in sources if source.lengths.any()), sources[0])
         most = max(stage.steps for stage in stages)
-        rows = plan_stage(source, most, args.batch, args.seed, sources.index(source)).ravel()
-        rows = list(dict.fromkeys(rows[source.lengths[rows] > 0].tolist()))    # each clip once
-        new = [task for task in tasks if task not in known and RANK == 0]
-        together(calibrate, Student(coat, heads, experts), new, source, rows[:args.calibrate],
-                 collate_step, device)
+        rows = plan_stage(sources[0], most, args.batch, args.seed, 0).ravel()
+        rows = list(dict.fromkeys(rows[sources[0].lengths[rows] > 0].tolist()))    # each clip once
+        new = [task for task in tasks if f"{task}.out.weight" not in known and RANK == 0]
+        together(calibrate, Student(coat, heads, experts), new, sources[0],
+                 rows[:args.calibrate], collate_step, device)
         for tensor in heads.state_dict().values() if WORLD > 1 else ():
             dist.broadcast(tensor, 0)
         if RANK == 0:
@@ -635,16 +616,17 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             if device.type == "cuda":
                 line["mfu"] = peak and flops * n["tokens"] / took / WORLD / peak
                 line["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-            saves = line["step"] % args.save_every == 0 or line["step"] == total_steps
+            saves = progress["step"] % args.save_every == 0 or progress["step"] == total_steps
             if saves and heldout_rows:
                 line |= heldout_losses(student, heldout_rows, stage.weights, collate_step,
                                        args.batch // WORLD, device)
             lines.append(line)
-            eta = (time.time() - begin) / (line["step"] - first_step) * (total_steps - line["step"])
-            cells = [f"{key} {value:.3g}" for key, value in line.items()
-                     if value is not None and key not in progress]
-            if saves or line["step"] % args.log_every == 0 or line["step"] == first_step + 1:
-                say(" ".join([f"step {line['step']}/{total_steps}", *cells, f"eta {eta:.0f} s"]))
+            if saves or progress["step"] % args.log_every == 0:
+                eta = (time.time() - begin) / (progress["step"] - first_step)
+                eta *= total_steps - progress["step"]
+                cells = [f"{key} {value:.3g}" for key, value in line.items()
+                         if value is not None and key not in progress]
+                say(f"step {progress['step']}/{total_steps} {' '.join(cells)} eta {eta:.0f} s")
             bar.update()
             if RANK == 0:
                 with open(log_path, "a") as file:
@@ -678,10 +660,10 @@ def main():
     stages = [parse_stage(text, args) for text in args.stage]
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = args.device
-    if WORLD > 1 and args.device != "cpu" and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = together(usable_device, device, args.backbone)
+    name = args.device
+    if WORLD > 1 and name != "cpu" and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = together(usable_device, name, args.backbone)
     sources, plans = together(open_data, args, stages)
     config = {"flags": vars(args), "rows": [fingerprint(source) for source in sources],
               "world": WORLD, "torch": torch.__version__}
