@@ -1915,6 +1915,15 @@ def test_stages_have_their_own_weights_rates_and_data(tmp_path):
     assert os.path.getsize(tmp_path / "run" / "losses.png") > 5000
 
 
+def test_losses_of_held_out_rows_are_those_of_a_step_that_learns_nothing(short_run):
+    """At each checkpoint; here the rows are those of the step itself."""
+    run("train.py", *QUICK, "--data", "rows.jsonl", "--batch", 3, "--stage", "2:recon:1e-30",
+        "--save-every", 1, "--heldout", "rows.jsonl", "--out", "one")
+    for line in log_lines(Path("one")):
+        for name in ("ce", "recon"):
+            assert line[f"heldout_{name}"] == pytest.approx(line[name], rel=1e-5)
+
+
 def test_stages_of_the_paper_are_the_default():
     train_py = runpy.run_path(str(HERE / "train.py"))
     args = SimpleNamespace(w_pitch_aux=1.0, lr=1e-4)
@@ -3665,8 +3674,9 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         error = run("train.py", *QUICK, "--stage", "2:recon", "--stage", "4:recon", "--save-every",
                     2, "--out", tmp_path, fails=True)
     assert "No space left" in error
-    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
+    assert model.checkpoint_steps(tmp_path) == [2]
     run("train.py", "--resume", tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
     assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
 
 
@@ -3685,7 +3695,7 @@ def test_step_that_will_not_fit_in_memory_ends_a_run_before_its_first(tmp_path, 
 
 def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
     process = start(train_in_a_group, tmp_path / "log", *QUICK, "--stage", "999:recon",
-                    "--workers", 1, "--out", tmp_path / "run")
+                    "--workers", 1, "--log-every", 3, "--out", tmp_path / "run")
     wait_for(process, "step 3/")
     os.killpg(process.pid, signal.SIGTERM)
     ended(process)
@@ -3696,7 +3706,7 @@ def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
 
 def test_killed_data_process_ends_the_run_in_one_line_with_a_save(tmp_path):
     process = start(train, tmp_path / "log", *QUICK, "--stage", "999:recon", "--workers", 1,
-                    "--out", tmp_path / "run")
+                    "--log-every", 3, "--out", tmp_path / "run")
     wait_for(process, "step 3/")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
