@@ -7,8 +7,6 @@
 Without --data it trains on synthetic tones. The run folder gets config.json (the flags), log.jsonl
 (a line a step), losses.png and checkpoint-STEP/: a plain PEFT adapter with the tokenizer, the heads
 with the scales of their losses (heads.safetensors), and what a resumed run needs (state.pt).
-
-`forward_backward` is the method; `train` has the loop over the steps.
 """
 import argparse
 import contextlib
@@ -125,9 +123,9 @@ def read_flags():
     resume, or to start from, else from DEFAULTS of the backbone, else from the parser."""
     parser = build_parser()
     given = parser.parse_args()
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))    # torchrun --max-restarts
-    if restarted and given.out and checkpoint_steps(given.out):
-        given.resume = given.out
+    out = given.resume or given.out or f"runs/{given.backbone}"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and checkpoint_steps(out):
+        given.resume = out    # torchrun --max-restarts began it again
     saved = {}
     checkpoint = None
     if given.resume or given.init_from:
@@ -139,7 +137,7 @@ def read_flags():
     parser.set_defaults(**defaults | {"stage": None})    # a default list would be appended to
     args = parser.parse_args()
     args.resume = given.resume
-    args.out = given.resume or args.out or f"runs/{args.backbone}"
+    args.out = out
     if not args.stage:
         args.stage = defaults.get("stage", PAPER_STAGES)
         if args.no_think and not args.resume:
@@ -270,14 +268,14 @@ def build(args, tasks, device, checkpoint):
     if args.compile:
         coat.compile_layers()
     d = coat.hf.config.get_text_config().hidden_size
-    paths = {task: getattr(args, f"expert_{task}", None) for task in tasks}
+    paths = {task: getattr(args, f"expert_{task}", None) for task in tasks}    # recon has none
     experts = load_experts(tasks, d, device, args.random_experts, paths)
     heads = heads_for(d, experts, kind=args.head, width=args.head_width,
                       focal_gamma=args.focal_gamma).to(device)
-    others = [p for p in coat.parameters() if p.requires_grad]
-    others += [p for p in heads.parameters() if p.ndim < 2]
-    matrices = [p for p in heads.parameters() if p.ndim >= 2]    # they alone decay
-    groups = [{"params": others, "weight_decay": 0.0},
+    adapters = [p for p in coat.parameters() if p.requires_grad]
+    vectors = [p for p in heads.parameters() if p.ndim < 2]
+    matrices = [p for p in heads.parameters() if p.ndim >= 2]
+    groups = [{"params": adapters + vectors, "weight_decay": 0.0},
               {"params": matrices, "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
     return coat, experts, heads, optimizer
@@ -297,6 +295,8 @@ def open_data(args, stages):
         plans.append(plan.reshape(stage.steps, WORLD, -1)[:, RANK])
         epochs = plan.size / (len(source) - len(source.skipped))
         say(f"stage {number + 1}: {source.about}; {epochs:.3g} epochs")
+        if source.skipped:
+            say(f"{len(source.skipped)} rows are skipped; the first: {source.skipped[0][1]}")
         if isinstance(source, Mixture):
             say("\n".join(source.report(plan.size)))
     return sources, plans
@@ -307,6 +307,7 @@ def load_steps(source, plan, collate_step, args, device):
     steps = iter(torch.utils.data.DataLoader(
         Rows(source), batch_sampler=plan.tolist(), num_workers=args.workers,
         collate_fn=collate_step, pin_memory=device.type == "cuda",
+        multiprocessing_context="fork" if args.workers else None,
         worker_init_fn=lambda worker: os.setpgid(0, 0)))    # signals to a group are for the rank
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # torch's raises in the midst of a step
     try:
@@ -330,10 +331,6 @@ def calibrate(student, tasks, source, rows, collate_step, device):
         if not found:
             raise InputError(f"none of the {len(rows)} clips of stage 1 gives {task} its scale")
         student.heads.calibrate(task, found)
-
-
-def millions(parameters):
-    return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
 
 
 def rehearse(student, sources, plans, collate_step, device):
@@ -478,20 +475,20 @@ def heldout_losses(student, source, weights, collate_step, batch_size, device):
 
 def ask_heldout(coat, kinds, args):
     """Held-out questions about tones and, as a control, the same over another row's clip."""
-    def share_right(rows):
-        (batch,), _ = collate(rows, coat.spec, think=coat.think, responses=False)
-        answers = coat.generate(to_device(batch, coat.hf.device), max_new_tokens=12)
-        return sum(answer == row["response"] for answer, row in zip(answers, rows)) / len(rows)
-
     coat.merge()
     heldout = Rows(Tones("heldout", args.heldout * len(kinds), kinds))
     results = {}
     say(f"\n{'held-out question':28}{'heard':>8}{'other clip':>12}{'chance':>8}")
     for i, kind in enumerate(kinds):
-        question, answers, _ = TONES[kind]
         rows = [heldout[row] for row in range(i, args.heldout * len(kinds), len(kinds))]
         others = [row | {"wave": rows[j - 1]["wave"]} for j, row in enumerate(rows)]
-        shares = [share_right(rows), share_right(others), 1 / len(answers)]
+        shares = []
+        for asked in (rows, others):
+            (batch,), _ = collate(asked, coat.spec, think=coat.think, responses=False)
+            answers = coat.generate(batch, max_new_tokens=12)
+            shares.append(np.mean([a == row["response"] for a, row in zip(answers, rows)]))
+        question, answers, _ = TONES[kind]
+        shares.append(1 / len(answers))
         results[kind] = dict(zip(("heard", "other_clip", "chance"), shares))
         say("{:28}{:8.0%}{:12.0%}{:8.0%}".format(question, *shares))
     write_file(os.path.join(args.out, "heldout.json"), json.dumps(results, indent=1))
@@ -510,11 +507,12 @@ def train(args, stages, device, sources, plans, config, checkpoint):
     collate_step = functools.partial(collate, spec=coat.spec, rates=rates, think=coat.think,
                                      micro_tokens=args.micro_tokens)
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    sizes = [sum(p.numel() for p in some) / 1e6
+             for some in (coat.parameters(), heads.parameters(), params)]
     flops = 4 * coat.decoder_weights    # a token: forward, and backward to activations alone
-    say(f"{args.backbone} on {WORLD} x {device}: {millions(coat.parameters())} weights, heads "
-        f"{millions(heads.parameters())} ({', '.join(tasks)}), {millions(params)} trained; "
-        f"{flops / 1e9:.3g} GFLOP a token\n"
-        f"{total_steps} steps of {args.batch} rows, to {args.out}")
+    say(f"{args.backbone} on {WORLD} x {device}: {{:.2f}} M weights, {{:.2f}} M in heads "
+        f"({', '.join(tasks)}), {{:.2f}} M trained; {flops / 1e9:.3g} GFLOP a token\n"
+        f"{total_steps} steps of {args.batch} rows, to {args.out}".format(*sizes))
     known = together(load_heads, heads, checkpoint) if checkpoint else ()
     progress = {"step": 0, "skipped": sum(len(s.skipped) for s in set(sources)), "lost": 0}
     if args.resume:
