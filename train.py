@@ -31,8 +31,8 @@ from filelock import FileLock
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (TONES, Mixture, Rows, Tones, collate, expert_targets, fingerprint, idle_batch,
-                  open_source, plan_stage, to_device)
+from data import (TONES, Rows, Tones, collate, expert_targets, fingerprint, idle_batch, open_source,
+                  plan_stage, to_device)
 from experts import EXPERTS, load_experts
 from heads import heads_for, terms
 from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
@@ -57,6 +57,7 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 POSITIVE = in_range(float, 1e-30, 1e30)    # within fp32
 RANK = int(os.environ.get("RANK", 0))    # torchrun sets these; without it there is one process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))    # torchrun --max-restarts
 STOP = []    # why this run is to save and end before its next step: signals, exceptions
 
 
@@ -82,8 +83,7 @@ def build_parser():
     add("--init-from", type=absolute, help="run or checkpoint to take adapter and heads from")
     add("--stage", action="append", help="once a stage: STEPS:EXPERTS[:LR], an expert perhaps with "
         f"its weight: 500:recon,pitch=0.5:2e-4; or all, or none ({' '.join(PAPER_STAGES)})")
-    add("--no-think", action="store_true", help="no thinking block, and no experts; those that "
-        "--stage names stand on the audio tokens' own states")
+    add("--no-think", action="store_true", help="no block, and experts only if --stage names them")
     add("--head", default="transformer", choices=["transformer", "linear"], help="projection heads")
     add("--head-width", type=COUNT, help="width inside the heads (the backbone's)")
     add("--micro-tokens", type=COUNT, help="most tokens at once on a rank, with padding (all)")
@@ -112,8 +112,7 @@ def build_parser():
             ("workers", WORKERS, 2, "data processes a rank"),
             ("log-every", COUNT, 10, "steps between lines on the screen; log.jsonl has all"),
             ("heldout", lambda text: int(text) if text.isdigit() else absolute(text), 60,
-             "rows.jsonl, whose losses are logged at each checkpoint; of tones how many questions "
-             "of a kind are asked at the end")):
+             "rows.jsonl for losses at each checkpoint; or tone questions of a kind, at the end")):
         add(f"--{flag}", type=kind, default=default, help=f"{meaning} ({default})")
     return parser
 
@@ -124,8 +123,8 @@ def read_flags():
     parser = build_parser()
     given = parser.parse_args()
     out = given.resume or given.out or f"runs/{given.backbone}"
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and checkpoint_steps(out):
-        given.resume = out    # torchrun --max-restarts began it again
+    if RESTARTS and checkpoint_steps(out):
+        given.resume = out
     saved = {}
     checkpoint = None
     if given.resume or given.init_from:
@@ -146,8 +145,7 @@ def read_flags():
         args.data *= len(args.stage)
     for name, value in saved.items():
         if getattr(args, name, value) != value and name not in FREE_FLAGS:
-            raise InputError(f"--{name.replace('_', '-')} was {value} when the run began; leave it "
-                             "out, or start a new run")
+            raise InputError(f"--{name.replace('_', '-')} was {value} when the run began; leave it out")
     if len(args.data) != len(args.stage):
         raise InputError(f"--data names {len(args.data)} for {len(args.stage)} stages")
     if args.batch % WORLD:
@@ -173,13 +171,13 @@ def parse_stage(text, args):
             for name in {"all": EXPERTS, "none": []}.get(task, [task]):
                 tasks[name] = POSITIVE(weight or 1)
         if set(tasks) - set(EXPERTS):
-            raise ValueError("there is no such expert")
+            raise ValueError("no such expert")
         weights = {term: weight * (args.w_pitch_aux if term == "pitch_aux" else 1)
                    for task, weight in tasks.items() for term in terms(task)}
         return Stage(COUNT(steps), list(tasks), weights, POSITIVE(*lr) if lr else args.lr)
     except (ValueError, TypeError, argparse.ArgumentTypeError) as e:
-        raise InputError(f"--stage {text}: {e}; give STEPS:EXPERTS[:LR] with EXPERTS from "
-                         f"{','.join(EXPERTS)}, or all, or none") from e
+        raise InputError(f"--stage {text}: {e}; give STEPS:EXPERTS[:LR] with EXPERTS of "
+                         f"{','.join(EXPERTS)}, all, none") from e
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,7 +229,7 @@ def on_signals(handler):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is trained
+# What is trained, and on what
 
 class Student(torch.nn.Module):
     """The backbone with its adapters, and the heads of a stage's experts."""
@@ -281,11 +279,9 @@ def build(args, tasks, device, checkpoint):
     return coat, experts, heads, optimizer
 
 
-# --------------------------------------------------------------------------------------------------
-# Rows: those of a stage are a function of (seed, stage), so the step alone says where a run stands
-
 def open_data(args, stages):
-    """([source of each stage], [(steps, rows) row numbers of each stage that are this rank's])"""
+    """([source of each stage], [(steps, rows) row numbers of each stage that are this rank's])."""
+    # They are a function of (seed, stage), so the step alone says where a run stands.
     n_rows = sum(stage.steps for stage in stages) * args.batch
     opened = {text: open_source(text, n_rows, args.seed) for text in args.data}
     sources = [opened[text] for text in args.data]
@@ -297,8 +293,6 @@ def open_data(args, stages):
         say(f"stage {number + 1}: {source.about}; {epochs:.3g} epochs")
         if source.skipped:
             say(f"{len(source.skipped)} rows are skipped; the first: {source.skipped[0][1]}")
-        if isinstance(source, Mixture):
-            say("\n".join(source.report(plan.size)))
     return sources, plans
 
 
@@ -342,9 +336,6 @@ def rehearse(student, sources, plans, collate_step, device):
         sum(student(to_device(batch, device)).values()).backward()
 
 
-# --------------------------------------------------------------------------------------------------
-# The run folder, and a step
-
 def claim_folder(args):
     """Makes the run folder -> a lock that keeps other runs out of it."""
     os.makedirs(args.out, exist_ok=True)
@@ -352,8 +343,8 @@ def claim_folder(args):
         raise InputError(f"'{args.out}' holds a run; give --resume or another --out")
     if RANK > 0:
         return contextlib.nullcontext()
-    # The data processes of a killed run need some seconds to end.
-    return FileLock(os.path.join(args.out, ".lock")).acquire(timeout=15)
+    lock = FileLock(os.path.join(args.out, ".lock"))
+    return lock.acquire(timeout=15)    # the data processes of a killed run end in some seconds
 
 
 def save(args, progress, coat, heads, optimizer):
@@ -388,14 +379,6 @@ def load_progress(optimizer, checkpoint, device):
         if not (p.isfinite() & moments["exp_avg"].isfinite()).all():
             raise InputError(f"'{checkpoint}' holds NaN; delete it to go on after the one before")
     return state["progress"]
-
-
-def read_log(path, last_step):
-    """The lines of log.jsonl up to a step, without one that a kill has cut."""
-    with open(path, "a+") as file:
-        file.seek(0)
-        lines = [json.loads(text) for text in file.read().splitlines() if text.endswith("}")]
-    return [line for line in lines if line["step"] <= last_step]
 
 
 def draw(lines, path):
@@ -463,7 +446,9 @@ def heldout_losses(student, source, weights, collate_step, batch_size, device):
     rows = np.argsort(source.lengths, kind="stable")[RANK::WORLD].tolist()
     sums = Counter()
     for i in range(0, len(rows), batch_size):
-        batches, _ = collate_step([Rows(source)[row] for row in rows[i:i + batch_size]])
+        batches, left_out = collate_step([Rows(source)[row] for row in rows[i:i + batch_size]])
+        for reason in left_out:
+            say(f"skipped: {reason}", each=True)
         sums.update(count(batches))
         for batch in batches:
             losses = student(to_device(batch, device))
@@ -507,25 +492,23 @@ def train(args, stages, device, sources, plans, config, checkpoint):
     collate_step = functools.partial(collate, spec=coat.spec, rates=rates, think=coat.think,
                                      micro_tokens=args.micro_tokens)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    sizes = [sum(p.numel() for p in some) / 1e6
-             for some in (coat.parameters(), heads.parameters(), params)]
     flops = 4 * coat.decoder_weights    # a token: forward, and backward to activations alone
-    say(f"{args.backbone} on {WORLD} x {device}: {{:.2f}} M weights, {{:.2f}} M in heads "
-        f"({', '.join(tasks)}), {{:.2f}} M trained; {flops / 1e9:.3g} GFLOP a token\n"
-        f"{total_steps} steps of {args.batch} rows, to {args.out}".format(*sizes))
+    weights, trained = [sum(p.numel() for p in some) for some in (coat.parameters(), params)]
+    say(f"{args.backbone} on {WORLD} x {device}: {weights:,} weights, {flops / 1e9:.3g} GFLOP a token; "
+        f"{trained:,} trained, with the heads of {', '.join(tasks) or 'no expert'}\n"
+        f"{total_steps} steps of {args.batch} rows, to {args.out}")
     known = together(load_heads, heads, checkpoint) if checkpoint else ()
     progress = {"step": 0, "skipped": sum(len(s.skipped) for s in set(sources)), "lost": 0}
     if args.resume:
         began = read_json(os.path.join(args.resume, "config.json"))
         if began["rows"] != config["rows"]:
-            raise InputError("the rows, or the lengths of their audio, are not those that the run "
-                             "began with; bring them back, or start a new run")
+            raise InputError("the rows or lengths of audio are not those that the run began with")
         for what in ("world", "torch"):
             if began[what] != config[what]:
                 say(f"!! not bit for bit: {what} was {began[what]}, now {config[what]}")
         progress = together(load_progress, optimizer, checkpoint, device)
-        if progress["step"] == total_steps:
-            say("this run is finished; no step is left")
+        is_done = ": the run is finished" * (progress["step"] == total_steps)
+        say(f"goes on after step {progress['step']} of {total_steps}{is_done}")
     else:
         most = max(stage.steps for stage in stages)
         rows = plan_stage(sources[0], most, args.batch, args.seed, 0).ravel()
@@ -542,15 +525,16 @@ def train(args, stages, device, sources, plans, config, checkpoint):
     optimizer.zero_grad(set_to_none=True)
 
     log_path = os.path.join(args.out, "log.jsonl")
-    lines = read_log(log_path, progress["step"])
-    if RANK == 0:    # what came after the checkpoint is done again
+    lines = []
+    if RANK == 0:    # what came after the checkpoint is done again; a kill may have cut a line
+        with open(log_path, "a+") as file:
+            file.seek(0)
+            lines = [json.loads(text) for text in file if text.endswith("}\n")]
+        lines = [line for line in lines if line["step"] <= progress["step"]]
         write_file(log_path, "".join(json.dumps(line) + "\n" for line in lines))
     chip = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((flops for name, flops in PEAKS.items() if name in chip), None)
-    heldout_rows = None
-    if isinstance(args.heldout, str):
-        heldout_rows = together(open_source, args.heldout)
-        say(f"held out: {heldout_rows.about}")
+    peak = max((flops for name, flops in PEAKS.items() if name in chip), default=None)
+    heldout_rows = together(open_source, args.heldout) if isinstance(args.heldout, str) else None
     lost_in_a_row = 0
     begin = time.time()
     first_step = progress["step"]
@@ -568,7 +552,7 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             optimizer.zero_grad(set_to_none=True)    # they are parts of the last stage's buckets
             trained = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
                                               gradient_as_bucket_view=True)
-            # The first backward pass decides the order of the buckets, which shows in the last bit.
+            # The first backward pass decides the order of the buckets, which shows in last bits.
             # After an idle one, a resumed run sums as an uninterrupted one does.
             sum(trained(to_device(idle_batch(coat.spec, rates), device)).values()).backward()
             optimizer.zero_grad(set_to_none=False)
@@ -653,7 +637,10 @@ def main():
     one_line_errors(less_memory="--micro-tokens 2048, --checkpointing or --head-width 1024")
     if WORLD > 1:    # rank 0 calibrates and saves while the others wait
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(str(RESTARTS), store)    # else it gives addresses of before
+        dist.init_process_group(backend, rank=RANK, world_size=WORLD, store=store,
+                                timeout=datetime.timedelta(hours=2))
     args, checkpoint = together(read_flags)
     stages = [parse_stage(text, args) for text in args.stage]
     if args.threads:
@@ -666,7 +653,7 @@ def main():
     config = {"flags": vars(args), "rows": [fingerprint(source) for source in sources],
               "world": WORLD, "torch": torch.__version__}
     if any(rows != config["rows"] for rows in gather(config["rows"])):
-        raise InputError("the ranks find different rows or audio; give all of them the same files")
+        raise InputError("the ranks find different rows or audio")
     with together(claim_folder, args):
         train(args, stages, device, sources, plans, config, checkpoint)
     if WORLD > 1:
