@@ -122,13 +122,12 @@ def read_flags():
     resume, or to start from, else from DEFAULTS of the backbone, else from the parser."""
     parser = build_parser()
     given = parser.parse_args()
-    out = given.resume or given.out or f"runs/{given.backbone}"
-    if RESTARTS and checkpoint_steps(out):
-        given.resume = out
+    if RESTARTS and given.out and checkpoint_steps(given.out):
+        given.resume = given.out
     saved = {}
-    checkpoint = None
-    if given.resume or given.init_from:
-        checkpoint = os.path.abspath(latest_checkpoint(given.resume or given.init_from))
+    checkpoint = given.resume or given.init_from
+    if checkpoint:
+        checkpoint = os.path.abspath(latest_checkpoint(checkpoint))
         saved = read_json(os.path.join(os.path.dirname(checkpoint), "config.json"))["flags"]
     if not given.resume:
         saved = {name: saved[name] for name in MODEL_FLAGS if saved}
@@ -136,7 +135,7 @@ def read_flags():
     parser.set_defaults(**defaults | {"stage": None})    # a default list would be appended to
     args = parser.parse_args()
     args.resume = given.resume
-    args.out = out
+    args.out = given.resume or args.out or f"runs/{args.backbone}"
     if not args.stage:
         args.stage = defaults.get("stage", PAPER_STAGES)
         if args.no_think and not args.resume:
@@ -145,7 +144,7 @@ def read_flags():
         args.data *= len(args.stage)
     for name, value in saved.items():
         if getattr(args, name, value) != value and name not in FREE_FLAGS:
-            raise InputError(f"--{name.replace('_', '-')} was {value} when the run began; leave it out")
+            raise InputError(f"--{name.replace('_', '-')} was {value} in that run; leave it out")
     if len(args.data) != len(args.stage):
         raise InputError(f"--data names {len(args.data)} for {len(args.stage)} stages")
     if args.batch % WORLD:
@@ -494,8 +493,8 @@ def train(args, stages, device, sources, plans, config, checkpoint):
     params = [p for group in optimizer.param_groups for p in group["params"]]
     flops = 4 * coat.decoder_weights    # a token: forward, and backward to activations alone
     weights, trained = [sum(p.numel() for p in some) for some in (coat.parameters(), params)]
-    say(f"{args.backbone} on {WORLD} x {device}: {weights:,} weights, {flops / 1e9:.3g} GFLOP a token; "
-        f"{trained:,} trained, with the heads of {', '.join(tasks) or 'no expert'}\n"
+    say(f"{args.backbone} on {WORLD} x {device}: {weights:,} weights; with heads of "
+        f"{', '.join(tasks) or 'none'} {trained:,} trained; {flops / 1e9:.3g} GFLOP a token\n"
         f"{total_steps} steps of {args.batch} rows, to {args.out}")
     known = together(load_heads, heads, checkpoint) if checkpoint else ()
     progress = {"step": 0, "skipped": sum(len(s.skipped) for s in set(sources)), "lost": 0}
@@ -507,8 +506,8 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             if began[what] != config[what]:
                 say(f"!! not bit for bit: {what} was {began[what]}, now {config[what]}")
         progress = together(load_progress, optimizer, checkpoint, device)
-        is_done = ": the run is finished" * (progress["step"] == total_steps)
-        say(f"goes on after step {progress['step']} of {total_steps}{is_done}")
+        say(f"goes on after step {progress['step']} of {total_steps}"
+            + ": the run is finished" * (progress["step"] == total_steps))
     else:
         most = max(stage.steps for stage in stages)
         rows = plan_stage(sources[0], most, args.batch, args.seed, 0).ravel()
@@ -535,11 +534,9 @@ def train(args, stages, device, sources, plans, config, checkpoint):
     chip = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = max((flops for name, flops in PEAKS.items() if name in chip), default=None)
     heldout_rows = together(open_source, args.heldout) if isinstance(args.heldout, str) else None
-    lost_in_a_row = 0
-    begin = time.time()
-    first_step = progress["step"]
-    bar = tqdm(total=total_steps, initial=first_step, dynamic_ncols=True,
+    bar = tqdm(total=total_steps, initial=progress["step"], dynamic_ncols=True,
                disable=RANK > 0 or not sys.stderr.isatty())
+    lost_in_a_row = 0
     on_signals(lambda number, frame: STOP.append(number))
 
     for number, stage in enumerate(stages):
@@ -604,8 +601,7 @@ def train(args, stages, device, sources, plans, config, checkpoint):
                                        args.batch // WORLD, device)
             lines.append(line)
             if saves or progress["step"] % args.log_every == 0:
-                eta = (time.time() - begin) / (progress["step"] - first_step)
-                eta *= total_steps - progress["step"]
+                eta = took * (total_steps - progress["step"])
                 cells = [f"{key} {value:.3g}" for key, value in line.items()
                          if value is not None and key not in progress]
                 say(f"step {progress['step']}/{total_steps} {' '.join(cells)} eta {eta:.0f} s")
