@@ -648,8 +648,9 @@ def main():
     sources, plans = together(open_data, args, stages)
     config = {"flags": vars(args), "rows": [fingerprint(source) for source in sources],
               "world": WORLD, "torch": torch.__version__}
-    if any(rows != config["rows"] for rows in gather(config["rows"])):
-        raise InputError("the ranks find different rows or audio")
+    seen = config["rows"] + [os.path.basename(checkpoint or "")]
+    if any(of_rank != seen for of_rank in gather(seen)):
+        raise InputError("the ranks find different rows, audio or checkpoints")
     with together(claim_folder, args):
         train(args, stages, device, sources, plans, config, checkpoint)
     if WORLD > 1:
