@@ -2821,7 +2821,7 @@ def test_bench_of_rows_decodes_to_the_end_token_by_ranges_of_length(tmp_path, ti
     ends_early = dataclasses.replace(BACKBONES["tiny"], eos=eos)
     with unittest.mock.patch.dict(BACKBONES, tiny=ends_early):
         arms, left_out = bench_of_rows(path)
-        by_length, _ = bench_of_rows(path, "--samples", 1)
+        by_length, _ = bench_of_rows(path, "--samples", 2)
         coat = load_coat("tiny")
     for arm, think in (("base", False), ("CoAT", True), ("text-CoT", False)):
         suffix = coat.backbone.text_think if arm == "text-CoT" else ""
