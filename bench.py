@@ -10,25 +10,28 @@ The last line printed is a JSON object.
 """
 import argparse
 import json
+import math
 import tempfile
 import time
 from functools import partial
 from statistics import mean, median, pstdev
 
+# First: it says in one line which of the libraries does not import.
+from model import (BACKBONES, COUNT, IGNORE, SAMPLE_RATE, InputError, load_coat,
+                   load_text_think, one_line_errors, to_device, usable_device)
+
 import numpy as np
 import torch
 import transformers
-from torch.utils.benchmark import Timer
 
-from data import collate, expert_targets, open_source, to_device, usable_rows
+from data import collate, open_source, usable_rows
 from experts import EXPERTS, load_experts
 from heads import heads_for
-from model import (BACKBONES, COUNT, SAMPLE_RATE, InputError, load_coat, load_text_think,
-                   one_line_errors, usable_device)
+from train import PEAKS, Student
 
 # Seconds of audio. Table E has five ranges from 0 to 120 s; the bounds between them are ours.
 RANGES = ((0, 5), (5, 10), (10, 30), (30, 60), (60, 121))
-KEYS = ("prompt", "block", "decoded", "first", "decoding", "total")
+KEYS = ("prompt", "block", "decoded", "first", "decoding", "total", "GB/s")
 
 
 def noise(seconds, seed):
@@ -42,6 +45,13 @@ def now(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def library_inputs(coat, batch):
+    """What transformers' own functions take of a batch."""
+    audio = {name: value.to(coat.hf.dtype) if value.is_floating_point() else value
+             for name, value in batch["audio"].items()}
+    return {name: batch[name] for name in ("input_ids", "attention_mask")} | audio
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,8 +73,7 @@ def their_answer(coat, batch, n_tokens, stop, clock):
         return scores
 
     ids = coat.hf.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-        **coat.audio_inputs(batch), do_sample=False, repetition_penalty=1.0,
+        **library_inputs(coat, batch), do_sample=False, repetition_penalty=1.0,
         max_new_tokens=n_tokens, min_new_tokens=0 if stop else n_tokens,
         suppress_tokens=coat.think_ids, eos_token_id=coat.eos_ids,
         pad_token_id=coat.processor.tokenizer.pad_token_id,
@@ -90,17 +99,15 @@ def load_arms(args):
     if args.data:
         short = long = args.max_new_tokens
         suffix = text.backbone.text_think
-    return {
-        "base": (plain, our_answer, False, short, ""),
-        "CoAT": (ours, our_answer, True, short, ""),
-        "text-CoT": (text, our_answer, False, long, suffix),
-        "generate": (ours, their_answer, True, short, "")}
+    return {"base": (plain, our_answer, False, short, ""),
+            "CoAT": (ours, our_answer, True, short, ""),
+            "text-CoT": (text, our_answer, False, long, suffix),
+            "generate": (ours, their_answer, True, short, "")}
 
 
 def measure(row, args, coat, answer, think, n_tokens, suffix):
-    """An answer to a batch of copies of a row: lengths in tokens, times in ms, the ids. The clock
-    starts when the batch is on the device: reading files and log-mel features are not in it.
-    Raises InputError."""
+    """An answer to a batch of copies of a row: tokens, ms, GB/s that decoding read at least, ids.
+    The clock starts with the batch on the device, after log-mel features. Raises InputError."""
     row = row | {"prompt": row["prompt"] + suffix}
     (batch,), skipped = collate([row] * args.batch, coat.spec, think=think, responses=False)
     if skipped:
@@ -109,10 +116,12 @@ def measure(row, args, coat, answer, think, n_tokens, suffix):
     times = [now(args.device)]
     ids = answer(coat, batch, n_tokens, bool(args.data), lambda: times.append(now(args.device)))
     end = now(args.device)
+    n_bytes = (coat.decoder_weights + coat.hf.lm_head.weight.numel()) * coat.hf.dtype.itemsize
     return {"prompt": batch["input_ids"].shape[1], "decoded": ids.shape[1],
             "block": int(batch["n_audio"][0]) + 2 if think else 0,
             "first": 1e3 * (times[1] - times[0]), "decoding": 1e3 * (end - times[1]),
-            "total": 1e3 * (end - times[0]), "ids": ids}
+            "total": 1e3 * (end - times[0]), "ids": ids,
+            "GB/s": 1e-9 * n_bytes * (ids.shape[1] - 1) / (end - times[1])}
 
 
 def clips_of(args):
@@ -137,14 +146,8 @@ def clips_of(args):
 def latency(args):
     """Times to the first token and to the last of base, CoAT, text-CoT and generate()."""
     arms = load_arms(args)
-    coat = arms["CoAT"][0]
-    # A decoding step has to read the decoder and the output head at least.
-    step_bytes = (coat.decoder_weights + coat.hf.lm_head.weight.numel()) * coat.hf.dtype.itemsize
-    x = torch.ones(2 ** 28 if args.device.type == "cuda" else 2 ** 26, device=args.device)
-    bandwidth = 2 * x.nbytes / Timer("x.clone()", globals={"x": x}).timeit(5).mean
-    print(f"{coat.name} on {args.device}, whose memory allows {1e3 * step_bytes / bandwidth:.3g} ms a"
-          f" token\nTokens, ms: mean (deviation) of the means of {args.seeds} seeds; CoAT's total over "
-          f"that of the arm\n{'audio':>8} {'arm':9}" + "".join(f"{key:>17}" for key in KEYS))
+    print(f"Tokens, ms, GB/s: mean (deviation) over {args.seeds} seeds\n{'audio':>8} arm      "
+          + "".join(f"{key:>17}" for key in KEYS) + "  CoAT's total / this")
     for arm in arms.values():    # warms up
         measure(noise(5, 0), args, *arm)
     results = []
@@ -154,24 +157,23 @@ def latency(args):
         for seed, load in drawn:
             try:
                 row = load()
-                found = {name: measure(row, args, *arm) for name, arm in arms.items()}
-                answers.append((seed, found))
+                answers.append((seed, {arm: measure(row, args, *arms[arm]) for arm in arms}))
             except InputError as e:
                 print(f"left out: {e}")
                 left_out += 1
-        for name in arms if answers else ():
-            line = {"audio": label, "arm": name, "clips": len(answers)}
+        for arm in arms if answers else ():
+            pairs = [(found["CoAT"], found[arm]) for _, found in answers]
+            line = {"audio": label, "arm": arm, "clips": len(answers),
+                    "ratio": median(a["total"] / b["total"] for a, b in pairs),
+                    "same_ids": sum(torch.equal(a["ids"], b["ids"]) for a, b in pairs)}
             for key in KEYS:
-                of_seeds = [mean(found[name][key] for s, found in answers if s == seed)
+                of_seeds = [mean(found[arm][key] for s, found in answers if s == seed)
                             for seed in {seed for seed, _ in answers}]
                 line[key] = [mean(of_seeds), pstdev(of_seeds)]
-            pairs = [(found["CoAT"], found[name]) for _, found in answers]
-            line["ratio"] = median(a["total"] / b["total"] for a, b in pairs)
-            line["same_ids"] = sum(torch.equal(a["ids"], b["ids"]) for a, b in pairs)
             cells = ["{:9.1f} ({:5.1f})".format(*line[key]) for key in KEYS]
-            print(f"{label:>8} {name:9}{''.join(cells)}{line['ratio']:7.2f}")
+            print(f"{label:>8} {arm:9}{''.join(cells)}{line['ratio']:8.2f}")
             results.append(line)
-    print(json.dumps({"backbone": coat.name, "left_out": left_out, "rows": results}))
+    print(json.dumps({"flags": vars(args), "left_out": left_out, "rows": results}, default=str))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,17 +207,14 @@ def train(args):
         return batch
 
     def our_steps(names):
-        params = [p for p in [*coat.parameters(), *heads.parameters()] if p.requires_grad]
+        student = Student(coat, heads, {name: experts[name] for name in names})
+        params = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(params, lr=1e-5, fused=on_gpu)
         for start in range(0, n, args.batch):
             batch = to_device(batch_of(rows[start:start + args.batch], names), device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                out = coat(batch)
-                some = {name: experts[name] for name in names}
-                targets = expert_targets(some, batch, out.audio_embeds)
-                losses = heads(out.think_states, out.valid, targets)
-                loss = out.ce_sum / out.n_targets + sum(losses.values()) / out.valid.sum()
-            loss.backward()
+            losses = student(batch)
+            ce = losses.pop("ce") / (batch["labels"][:, 1:] != IGNORE).sum()
+            (ce + sum(losses.values()) / batch["n_audio"].sum()).backward()
             optimizer.step()
             optimizer.zero_grad()
             times.append(now(device))
@@ -226,8 +225,7 @@ def train(args):
 
     def collator(items):
         batch = batch_of([item["row"] for item in items])
-        names = ("input_ids", "attention_mask", "labels")
-        return {name: batch[name] for name in names} | coat.audio_inputs(batch)
+        return library_inputs(coat, batch) | {"labels": batch["labels"]}
 
     def their_steps(strategy):
         items = [{"input_ids": row["wave"], "row": row} for row in rows]    # it sorts by input_ids
@@ -243,11 +241,10 @@ def train(args):
             "block, all experts": (our_steps, True, tuple(EXPERTS)),
             "Trainer": (their_steps, True, "random"),    # with logits at all positions
             "Trainer, by length": (their_steps, True, "group_by_length")}
-    x = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    flops = 2 * 4096 ** 3 / Timer("x @ x", globals={"x": x}).timeit(2).mean
-    print(f"{coat.name} on {device}, {flops / 1e12:.3g} TFLOP/s measured; {args.steps} steps of "
-          f"{args.batch} rows\n{'':20}{'rows/s':>10}{'tokens/s':>10}{'padding':>10}{'MFU':>10}"
-          f"{'GiB':>10}")
+    chip = torch.cuda.get_device_name() if on_gpu else "CPU"
+    peak = next((peak for name, peak in PEAKS.items() if name in chip), math.inf)
+    print(f"{chip}, {args.steps} steps of {args.batch} rows\n{'':20}"
+          + "".join(f"{key:>10}" for key in ("rows/s", "tokens/s", "padding", "MFU", "GiB")))
     results = {}
     for way, (steps, coat.think, what) in ways.items():
         times.clear()
@@ -260,10 +257,10 @@ def train(args):
         results[way] = {
             "rows_per_s": (n - args.batch) / seconds, "tokens_per_s": tokens / seconds,
             "padding": 1 - tokens / slots,
-            "mfu": 4 * coat.decoder_weights * tokens / seconds / flops,
+            "mfu": 4 * coat.decoder_weights * tokens / seconds / peak,
             "gib": torch.cuda.max_memory_allocated() / 2 ** 30 if on_gpu else 0}
         print(f"{way:20}" + "".join(f"{value:10.4g}" for value in results[way].values()))
-    print(json.dumps({"backbone": coat.name, "flops": flops, "ways": results}))
+    print(json.dumps({"flags": vars(args), "chip": chip, "ways": results}, default=str))
 
 
 def parse_args():
