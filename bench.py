@@ -10,7 +10,6 @@ The last line printed is a JSON object.
 """
 import argparse
 import json
-import math
 import tempfile
 import time
 from functools import partial
@@ -151,7 +150,6 @@ def latency(args):
     for arm in arms.values():    # warms up
         measure(noise(5, 0), args, *arm)
     results = []
-    left_out = 0
     for label, drawn in clips_of(args).items():
         answers = []    # [(seed, {arm: its answer})]; the arms take turns on each clip
         for seed, load in drawn:
@@ -160,7 +158,6 @@ def latency(args):
                 answers.append((seed, {arm: measure(row, args, *arms[arm]) for arm in arms}))
             except InputError as e:
                 print(f"left out: {e}")
-                left_out += 1
         for arm in arms if answers else ():
             pairs = [(found["CoAT"], found[arm]) for _, found in answers]
             line = {"audio": label, "arm": arm, "clips": len(answers),
@@ -173,7 +170,7 @@ def latency(args):
             cells = ["{:9.1f} ({:5.1f})".format(*line[key]) for key in KEYS]
             print(f"{label:>8} {arm:9}{''.join(cells)}{line['ratio']:8.2f}")
             results.append(line)
-    print(json.dumps({"flags": vars(args), "left_out": left_out, "rows": results}, default=str))
+    print(json.dumps({"flags": vars(args), "rows": results}, default=str))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,7 +239,7 @@ def train(args):
             "Trainer": (their_steps, True, "random"),    # with logits at all positions
             "Trainer, by length": (their_steps, True, "group_by_length")}
     chip = torch.cuda.get_device_name() if on_gpu else "CPU"
-    peak = next((peak for name, peak in PEAKS.items() if name in chip), math.inf)
+    peak = next((peak for name, peak in PEAKS.items() if name in chip), float("inf"))
     print(f"{chip}, {args.steps} steps of {args.batch} rows\n{'':20}"
           + "".join(f"{key:>10}" for key in ("rows/s", "tokens/s", "padding", "MFU", "GiB")))
     results = {}
