@@ -16,8 +16,8 @@ from functools import partial
 from statistics import mean, median, pstdev
 
 # First: it says in one line which of the libraries does not import.
-from model import (BACKBONES, COUNT, IGNORE, SAMPLE_RATE, InputError, load_coat,
-                   load_text_think, one_line_errors, to_device, usable_device)
+from model import (BACKBONES, COUNT, IGNORE, SAMPLE_RATE, InputError, load_coat, load_text_think,
+                   one_line_errors, to_device, usable_device)
 
 import numpy as np
 import torch
@@ -82,18 +82,17 @@ def their_answer(coat, batch, n_tokens, stop, clock):
 
 def load_arms(args):
     """{name: (model, way to an answer, with the block?, most tokens, what ends the question)}"""
+    load = partial(load_coat, device=args.device)
     if args.model:
-        ours = load_coat(args.model, model_path=args.model_path, device=args.device).merge()
-        plain = load_coat(ours.name, model_path=ours.model_path, device=args.device)
+        ours = load(args.model, args.model_path).merge()
+        plain = load(ours.name, ours.model_path)
     else:
-        ours = plain = load_coat(args.backbone, model_path=args.model_path, device=args.device,
-                                 random=args.random_weights)
+        ours = plain = load(args.backbone, args.model_path, random=args.random_weights)
     text = plain
     if args.text_think:
         text = load_text_think(ours.name, args.text_think, ours.model_path, args.device)
-    if args.device.type == "cuda":
-        for coat in {ours, plain, text}:
-            coat.compile_decode()
+    for coat in {ours, plain, text} if args.device.type == "cuda" else ():
+        coat.compile_decode()
     short, long, suffix = 20, 120, ""    # of noise; of rows to the end token
     if args.data:
         short = long = args.max_new_tokens
@@ -129,10 +128,9 @@ def clips_of(args):
         return {f"{s:g} s": [(seed, partial(noise, s, seed)) for seed in range(args.seeds)]
                 for s in args.seconds}
     source = open_source(args.data)
-    usable = usable_rows(source)
     clips = {}
     for low, high in RANGES if args.samples else [(0, 121)]:
-        inside = usable[(low < source.lengths[usable]) & (source.lengths[usable] <= high)]
+        inside = [i for i in usable_rows(source) if low < source.lengths[i] <= high]
         drawn = [(seed, partial(source.load, i)) for seed in range(args.seeds)
                  for i in np.random.default_rng(seed).permutation(inside)[:args.samples]]
         if drawn:
@@ -193,7 +191,8 @@ def train(args):
     rows = [noise(s, i) for i, s in enumerate(np.linspace(*args.seconds, n))]
     if args.data:
         source = open_source(args.data)
-        rows = [source.load(i) for i in np.resize(usable_rows(source), n)]
+        usable = [i for i in usable_rows(source) if source.lengths[i] > 0]
+        rows = [source.load(i) for i in np.resize(usable, n)]
         rows.sort(key=lambda row: len(row["wave"]) / row["rate"])    # rows of a step are alike
     times, counts = [], []    # of a step: its end; its tokens, and with padding
 
@@ -240,8 +239,7 @@ def train(args):
             "Trainer, by length": (their_steps, True, "group_by_length")}
     chip = torch.cuda.get_device_name() if on_gpu else "CPU"
     peak = next((peak for name, peak in PEAKS.items() if name in chip), float("inf"))
-    print(f"{chip}, {args.steps} steps of {args.batch} rows\n{'':20}"
-          + "".join(f"{key:>10}" for key in ("rows/s", "tokens/s", "padding", "MFU", "GiB")))
+    print(" " * 20 + "".join(f"{key:>10}" for key in ("rows/s", "tokens/s", "padding", "MFU", "GiB")))
     results = {}
     for way, (steps, coat.think, what) in ways.items():
         times.clear()
@@ -266,27 +264,26 @@ def parse_args():
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (latency, train):
         p = commands.add_parser(command.__name__, help=command.__doc__, usage="%(prog)s [flags]")
-        p.set_defaults(run=command)
         add = p.add_argument
         add("--backbone", default="tiny", choices=list(BACKBONES))
         add("--model-path", help="a local folder with the backbone, not the hub")
         add("--random-weights", action="store_true", help="full size, no files")
         add("--data", metavar="ROWS", help="real rows, see data.py; else noise")
-        add("--device", help="cpu or cuda; default: the GPU if there is one")
-    add("--steps", type=COUNT, default=5, help="(5)")
-    add("--batch", type=COUNT, default=8, help="rows a step (8)")
-    add("--seconds", type=float, nargs=2, default=(1, 4), help="of noise, from and to (1 4)")
-    add("--head-width", type=COUNT, help="width inside the heads")
+        add("--device", help="cpu or cuda")
+    add("--steps", type=COUNT, default=5)
+    add("--batch", type=COUNT, default=8, help="rows a step")
+    add("--seconds", type=float, nargs=2, default=(1, 4), help="of noise, from and to")
+    add("--head-width", type=COUNT, help="inside the heads")
     add("--checkpointing", action="store_true")
     add("--compile", action="store_true")
     add = commands.choices["latency"].add_argument
-    add("--model", metavar="RUN", help="for CoAT and generate; base: its backbone as released")
-    add("--text-think", metavar="FOLDER", help="Audio Flamingo 3's think folder, for text-CoT")
-    add("--samples", type=COUNT, help="rows of a seed in each range (all rows, no ranges)")
-    add("--seeds", type=COUNT, default=3, help="(3)")
+    add("--model", metavar="RUN", help="for CoAT and generate; base is its backbone")
+    add("--text-think", metavar="FOLDER", help="AF3's think folder, for text-CoT")
+    add("--samples", type=COUNT, help="rows a seed and range (all rows, no ranges)")
+    add("--seeds", type=COUNT, default=3)
     add("--seconds", type=float, nargs="+", default=(5, 10, 30, 60, 120), help="of noise")
-    add("--batch", type=COUNT, default=1, help="copies of a clip at once (1)")
-    add("--max-new-tokens", type=COUNT, default=256, help="with --data (256)")
+    add("--batch", type=COUNT, default=1, help="copies of a clip at once")
+    add("--max-new-tokens", type=COUNT, default=256, help="with --data")
     args = parser.parse_args()
     args.device = usable_device(args.device, args.backbone)
     return args
@@ -295,4 +292,4 @@ def parse_args():
 if __name__ == "__main__":
     one_line_errors(less_memory="shorter clips or a smaller --batch")
     args = parse_args()
-    args.run(args)
+    {"latency": latency, "train": train}[args.command](args)
