@@ -15,7 +15,7 @@ import time
 from functools import partial
 from statistics import mean, median, pstdev
 
-# First: it says in one line which of the libraries does not import.
+# First: it says in one line which library does not import.
 from model import (BACKBONES, COUNT, IGNORE, SAMPLE_RATE, InputError, load_coat, load_text_think,
                    one_line_errors, to_device, usable_device)
 
@@ -239,7 +239,7 @@ def train(args):
             "Trainer, by length": (their_steps, True, "group_by_length")}
     chip = torch.cuda.get_device_name() if on_gpu else "CPU"
     peak = next((peak for name, peak in PEAKS.items() if name in chip), float("inf"))
-    print(" " * 20 + "".join(f"{key:>10}" for key in ("rows/s", "tokens/s", "padding", "MFU", "GiB")))
+    print(f"{'':20}{'rows/s':>10}{'tokens/s':>10}{'padding':>10}{'MFU':>10}{'GiB':>10}")
     results = {}
     for way, (steps, coat.think, what) in ways.items():
         times.clear()
