@@ -186,7 +186,6 @@ def train(args):
         coat.compile_layers()
     d = coat.hf.config.get_text_config().hidden_size
     experts = load_experts(EXPERTS, d, device, random=True)
-    heads = heads_for(d, experts, width=args.head_width).to(device)
     n = args.batch * (args.steps + 1)    # the first step warms up
     rows = [noise(s, i) for i, s in enumerate(np.linspace(*args.seconds, n))]
     if args.data:
@@ -203,7 +202,8 @@ def train(args):
         return batch
 
     def our_steps(names):
-        student = Student(coat, heads, {name: experts[name] for name in names})
+        some = {name: experts[name] for name in names}
+        student = Student(coat, heads_for(d, some, width=args.head_width).to(device), some)
         params = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(params, lr=1e-5, fused=on_gpu)
         for start in range(0, n, args.batch):

@@ -3295,7 +3295,7 @@ def test_check_goes_on_after_an_expert_that_is_missing(shipped, monkeypatch, tmp
     missing, found = capsys.readouterr().out.splitlines()
     assert missing.startswith("error: pitch: cannot load") and "2112 x" in found
     monkeypatch.setattr(experts, "__file__", str(tmp_path / "experts.py"))    # as if copied alone
-    with pytest.raises(RuntimeError, match="Put basic_pitch_icassp2022.npz of the repo"):
+    with pytest.raises(RuntimeError, match="basic_pitch_icassp2022.npz of the repo"):
         load("pitch")
 
 
