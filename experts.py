@@ -598,8 +598,8 @@ def load(name, path=None, device="cpu", random=False):
         # The first sentence. What follows in torch's is advice to trust the file.
         reason = re.split(r"\. (?=[A-Z])", " ".join(str(e).split()))[0][:300]
         raise RuntimeError(
-            f"{name}: cannot load {file} ({type(e).__name__}: {reason}). Delete a damaged file. Put "
-            f"{cls.filename} of {cls.url or 'the repository of experts.py'} there, or pass "
+            f"{name}: cannot load {file} ({type(e).__name__}: {reason}). Delete a damaged file. "
+            f"Put {cls.filename} of {cls.url or 'the repository of experts.py'} there, or pass "
             f"--expert-{name} PATH") from e
     return expert.to(device)
 
