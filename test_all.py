@@ -3342,7 +3342,8 @@ def test_column_that_a_table_has_not_is_named(table, capsys):
     ("config.json", {"model_type": "bert"}, "config.json is that of 'bert'"),
     ("config.json", {"text_config": None}, "part of its config is null"),
     ("config.json", {"quantization_config": {"load_in_4bit": True}}, "quantised"),
-    ("config.json", {"text_config": {"num_hidden_layers": 3}}, "12 tensors are missing"),
+    ("config.json", {"text_config": {"num_hidden_layers": 3, "layer_types": None}},
+     "12 tensors are missing"),
     ("config.json", {"text_config": {"intermediate_size": 96}}, "6 tensors are missing"),
     ("config.json", b"\xff\0", "not a valid JSON"), ("tokenizer.json", b"[]", "TypeError"),
     ("chat_template.jinja", b"{{ messages[0].role }}", "number of audio inputs"),
@@ -3398,7 +3399,6 @@ def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
 
 @pytest.mark.parametrize("package, code, words", [
     ("torchaudio", "raise OSError('undefined symbol: torch_x')", "undefined symbol.*torchaudio 2"),
-    ("torchaudio", "raise ImportError('no CUDA 12')", "no CUDA 12 .beside.*torch 2"),
     ("peft", "import no_such_package", "No module named 'no_such_package'")])
 def test_library_that_does_not_import_is_one_line(package, code, words, tmp_path):
     write(tmp_path / f"{package}.py", code)
