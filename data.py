@@ -1,25 +1,28 @@
-"""Rows, audio, mixtures, synthetic tones, the batches of a stage, and the rows of known corpora.
+"""Audio, rows, the batches of a stage, benchmarks, corpora.
 
     python data.py check assets/clips.jsonl      # rows, hours, what would be skipped and why
     python data.py check MIXTURE.json --quick    # what a stage draws, too; decodes nothing
     python data.py convert clotho ROOT           # rows of a corpus as its makers lay it out
-    python data.py convert mmau ROOT             # or of a benchmark
+    python data.py convert hub NAME --split train --prompt question --response answer
 
 A manifest holds one JSON object a line; audio paths are relative to it, null is a row of text:
 
     {"audio": "clips/rain.flac", "prompt": "What is heard?", "response": "rain", "task": "caption"}
 
 Optional: "start" and "end" in seconds (a segment of the file), "seconds" (its length, saves opening
-the file to sort by length), "choices" (the options of a multiple-choice row) and "question" (what a
-judge is shown instead of the prompt). A mixture draws from manifests; README.md shows one.
+the file to sort by length), "choices" (the options of a multiple-choice row), "question" (what a
+judge is shown instead of the prompt). Rows count from 0 in all files and messages.
 """
 import argparse
 import ast
 import codecs
+import contextlib
+import copy
 import csv
 import functools
 import glob
 import hashlib
+import io
 import json
 import math
 import os
@@ -34,61 +37,118 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-from experts import EXPERTS, resample_frames
-from model import (ASSETS, BACKBONES, IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError,
-                   build_inputs, check_seconds, check_text, encode_row, load_coat, one_line_errors,
-                   pad_batch, pad_rows)
+from experts import EXPERTS, load, resample_frames
+from model import (ASSETS, IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError, build_inputs,
+                   check_seconds, check_text, encode_row, load_coat, one_line_errors, pad_batch,
+                   pad_rows, read_json)
 
-MAX_KERNEL = 2 ** 24    # taps of a resampling kernel; for 44,099 Hz it would take gigabytes
+MAX_KERNEL = 2 ** 24      # taps of a resampling kernel; for 44,099 Hz it would take gigabytes
+MAX_PEAK = 2.0            # mp3 and resampling go a bit above 1, integers stored as float far above
+STREAMED = 0x7f000000     # bytes, and 2 ** 40 frames: headers of a pipe state more, and know nothing
+# How a stream begins, where files are joined at times.
+STARTS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22",
+          "MP3": rb"\AID3|\A\xff[\xe0-\xff]"}
+WHOLE = {*STARTS, "WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "CAF"}    # or they show that not
+# The usual way takes an open file for each tensor that comes from a data process.
+torch.multiprocessing.set_sharing_strategy("file_system")
 
 
 # --------------------------------------------------------------------------------------------------
-# Audio
+# Audio. A clip is a path, or the bytes of a file.
 
-def open_audio(path, start=None, end=None):
-    """Opens a file, or a segment of it in seconds, and checks what its header says.
+class Sound(soundfile.SoundFile):
+    """A clip, to be decoded once from front to back.
 
-    Returns (soundfile.SoundFile, first frame, number of frames). Raises InputError."""
-    if not os.path.isfile(path):
-        raise InputError(f"no file '{path}'; check the path")
+    length      in frames, or None if the header does not state it"""
+
+    def __init__(self, clip):
+        self.stream = open(clip, "rb") if isinstance(clip, str) else io.BytesIO(clip)
+        super().__init__(self.stream)
+        self.length = self.frames if self.frames < 2 ** 40 else None
+        if self.format == "MP3":
+            self.stream.seek(0)
+            data = self.stream.read()
+            self.close()
+            tag = 10 + sum(data[9 - i] << 7 * i for i in range(4)) if data[:3] == b"ID3" else 0
+            stated = re.search(b"Xing|Info|VBRI", data[tag:tag + 256])
+            # Without it libsndfile takes the first frame's bit rate for that of all, and stops
+            # there. So the file is longer while it is opened: 320 kbit/s may become 8.
+            self.stream = io.BytesIO(data + bytes(0 if stated else min(40 * len(data), 2 ** 28)))
+            super().__init__(self.stream)
+            self.stream.truncate(len(data))
+            self.length = self.frames if stated else None
+
+    def seekable(self):
+        return False    # else soundfile seeks after each read; GSM and FLAC of a pipe cannot
+
+    def close(self):
+        super().close()
+        self.stream.close()
+
+
+def open_audio(clip, start=None, end=None, name=None):
+    """Opens a clip, or a segment of it in seconds, and checks all that its header says.
+
+    Returns (Sound, first frame, frame after the last). Raises InputError with the name."""
+    name = name or clip
+    if isinstance(clip, str) and not os.path.isfile(clip):
+        raise InputError(f"no file '{name}'; check the path")
     try:
-        file = soundfile.SoundFile(path)
-    except (OSError, TypeError, soundfile.LibsndfileError) as e:    # TypeError: .raw has no header
-        raise InputError(f"cannot decode '{path}' ({e}); give wav, flac, ogg or mp3") from e
-    first = round((start or 0) * file.samplerate)
-    last = file.frames if end is None else min(file.frames, round(end * file.samplerate))
-    if last == file.frames and is_cut(file):
-        raise InputError(f"'{path}' is cut off; copy it again")
+        sound = Sound(clip)
+        if sound.length is None:
+            length = sum(map(len, iter(lambda: list(sound.read(sound.samplerate)), [])))
+            sound = Sound(clip)
+            sound.length = length
+    except (TypeError, soundfile.LibsndfileError) as e:    # TypeError: .raw, which has no header
+        raise InputError(f"cannot decode '{name}' ({getattr(e, 'error_string', 'no header')}); "
+                         f"make a wav of it: ffmpeg -i '{name}' clip.wav") from e
+    rate = sound.samplerate
+    first = round((start or 0) * rate)
+    last = sound.length if end is None else min(sound.length, round(end * rate))
+    if sound.format not in WHOLE:
+        raise InputError(f"'{name}' is {sound.format}, which cannot tell whether it is whole; "
+                         "convert it to wav or flac")
+    # libsndfile reads what is left of a file; only its log tells.
+    sizes = re.findall(r": +(\d+) \(should be (\d+)\)", sound.extra_info)
+    is_cut = [1.01 * int(there) < int(stated) < STREAMED for stated, there in sizes]
+    if last == sound.length and (any(is_cut) or "Junk after the last page" in sound.extra_info):
+        raise InputError(f"'{name}' is cut off, or is two files in one; copy or export it again")
     if not 0 <= first < last:
-        raise InputError(f"'{path}' has no samples from {start or 0} s to {end or 'its end'}; "
-                         f"it lasts {file.frames / file.samplerate:.2f} s")
-    check_seconds((last - first) / file.samplerate, f"'{path}'")
-    return file, first, last - first
+        raise InputError(f"'{name}' has no samples from {start or 0} s to {end or 'its end'}; "
+                         f"it lasts {sound.length / rate:.2f} s")
+    check_seconds((last - first) / rate, f"'{name}'")
+    return sound, first, last
 
 
-def is_cut(file):
-    """Whether a WAV or OGG file ends early. libsndfile reads what is left; only its log tells. (A
-    program that writes into a pipe states 2 GB or more.)"""
-    stated = re.search(r"^data : (\d+) \(should be", file.extra_info, re.M)
-    is_cut_wav = stated and int(stated[1]) < 0x7ffff000
-    return bool(is_cut_wav) or "Junk after the last page" in file.extra_info
+def read_audio(clip, start=None, end=None, name=None):
+    """A clip, or a segment of it in seconds -> ((N,) float32 mono in [-1, 1], its rate in Hz).
 
-
-def read_audio(path, start=None, end=None):
-    """A file, or a segment of it in seconds -> ((N,) float32 mono in [-1, 1], its rate in Hz).
-
-    Reads whatever libsndfile decodes. Raises InputError."""
-    file, first, count = open_audio(path, start, end)
-    with file:
+    Reads whatever libsndfile decodes and shows to be whole. Raises InputError."""
+    name = name or clip
+    sound, first, last = open_audio(clip, start, end, name)
+    with sound:
+        seeks = soundfile.SoundFile.seekable(sound)
+        before = min(first, sound.samplerate) if seeks else first    # an mp3 frame needs 1 s
         try:
-            file.seek(first)
-            channels = file.read(count, dtype="float32", always_2d=True)    # (N, channels)
+            if seeks:
+                sound.seek(first - before)
+            frames = sound.read(before + last - first, dtype="float32", always_2d=True)[before:]
         except soundfile.LibsndfileError as e:
-            raise InputError(f"'{path}' breaks off ({e.error_string}); export it again") from e
-    wave = torch.from_numpy(channels).mean(1)
-    if len(wave) < 0.99 * count or not wave.isfinite().all():
-        raise InputError(f"'{path}' is cut off or has NaN; export it again")
-    return wave, file.samplerate
+            raise InputError(f"'{name}' breaks off ({e.error_string}); export it again") from e
+        if len(frames) < 0.99 * (last - first):
+            raise InputError(f"'{name}' is cut off: {len(frames)} of {last - first} samples; "
+                             "copy it again")
+        if sound.format != "MP3":    # that was read frame by frame; of one more a rest may be left
+            sound.stream.seek(4)
+        rest = sound.stream.read() if last == sound.length else b""
+        if len(rest) > 4096 and re.search(STARTS.get(sound.format, b"$^"), rest):
+            raise InputError(f"'{name}' goes on after its end at {last / sound.samplerate:.2f} s, "
+                             "as joined files do; decode them one by one, or export it again")
+    peak = np.abs(frames).max()
+    if not peak <= MAX_PEAK:    # so that NaN is refused too
+        raise InputError(f"'{name}' has samples up to {peak:g}; export it with samples from -1 to "
+                         "1 (or divide: integers were stored as float)")
+    return torch.from_numpy(frames).mean(1), sound.samplerate
 
 
 def at_rate(wave, rate, new_rate):
@@ -102,20 +162,20 @@ def at_rate(wave, rate, new_rate):
 
 # --------------------------------------------------------------------------------------------------
 # Sources of rows. Each has
-#   len()       number of rows
-#   load(i)     row i, with "wave" (N,) and "rate" in Hz if it has audio; raises InputError
-#   lengths     (rows,) seconds of audio, 0 without
-#   skipped     [(row number, InputError)] of those that headers and stated lengths rule out
-#   files       what it is read from
-#   draw(n, seed, stage)    (n,) row numbers of a stage in random order
+#   len(), load(i)  number of rows; row i, with "wave" (N,) and "rate" in Hz if it has audio
+#   lengths         (rows,) seconds of audio, 0 without
+#   skipped         [(row number, InputError)] of those that headers and stated lengths rule out
+#   files, about    what it is read from; one line that says what it is
+#   draw(n, rng)    (n,) row numbers of a stage in random order
 
 def open_source(text, training_rows=None, seed=0):
-    """A manifest (rows.jsonl), a mixture (.json), or synthetic tones: tones[:KINDS[:N]].
+    """rows.jsonl, mixture.json, a benchmark (see Benchmark), or synthetic tones, tones[:KINDS[:N]].
 
     training_rows   how many rows training takes in all. Of tones there are as many, or, with N, N
-                    labelled clips of each kind and as many without a label.
-                    None: held-out tones, N rows of each kind (60)
-    seed            of the labelled clips"""
+                    labelled clips of each kind, chosen by seed, and as many without a label.
+                    None: held-out tones, N rows of each kind (60)"""
+    if re.split("[@=]", text)[0] in BENCHMARKS:
+        return Benchmark(text)
     if not re.match("tones(:|$)", text):
         return Mixture(text) if text.endswith(".json") else Manifest(text)
     found = re.fullmatch(r"tones(?::([\w,]*)(?::([1-9]\d{0,5}))?)?", text)
@@ -145,12 +205,14 @@ def fingerprint(source):
     for path in source.files:
         with open(path, "rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
+    found.update(json.dumps(getattr(source, "rows", "")).encode())    # of a benchmark
     return found.hexdigest()
 
 
 NUMBER = (int, float, type(None))
 KINDS = {"prompt": str, "response": str, "task": str, "audio": (str, type(None)), "start": NUMBER,
-         "end": NUMBER, "seconds": NUMBER, "choices": (list, type(None))}
+         "end": NUMBER, "seconds": NUMBER, "choices": (list, type(None)),
+         "question": (str, type(None))}
 LOADED_KEYS = ("wave", "rate", "row")    # what loading adds
 
 
@@ -158,19 +220,24 @@ def parse_row(line, where, answered=True):
     """A line of a manifest, bytes -> the row. Raises InputError that begins with `where`.
 
     answered    False: it needs no response"""
-    unanswered = {} if answered else {"response": "none"}
+    row = {"audio": None, "task": "qa", "seconds": None} | ({} if answered else {"response": "?"})
     try:
-        row = {"audio": None, "task": "qa", "seconds": None} | json.loads(line.decode("utf-8-sig"))
+        row |= json.loads(line.decode("utf-8-sig"))
+        json.dumps(row, ensure_ascii=False).encode()    # fails at half a character
     except (ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{where}: {e}; write one JSON object a line, in UTF-8") from e
-    row = unanswered | row
+    bad = [key for key in LOADED_KEYS if key in row]
     for key, kind in KINDS.items():
         value = row.get(key)
-        fits = isinstance(value, kind) and (
-            value.strip() if kind is str else kind is not NUMBER or 0 <= (value or 0) <= 1e6)
-        if not fits:
-            raise InputError(f'{where}: "{key}" is missing or of another kind; a row has "audio", '
-                             '"prompt" and "response", see data.py')
+        texts = [value] if kind is str else value if isinstance(value, list) else ["-"]
+        if not isinstance(value, kind) or isinstance(value, bool) or not all(
+                isinstance(text, str) and text.strip() for text in texts) or (
+                kind is NUMBER and not 0 <= (value or 0) <= 1e6):
+            bad.append(key)
+    if bad:
+        raise InputError(f'{where}: "{bad[0]}" is missing, empty, taken or of another kind; a row '
+                         'has "audio", "prompt", "response"; data.py convert reads other formats')
+    row["task"] = row["task"].strip().lower()
     return row
 
 
@@ -180,22 +247,29 @@ class Manifest:
     Each line is checked once and read again when it is needed, so that a row takes 16 bytes of
     memory. Raises InputError with the line's number if one is malformed."""
 
+    files = ()
+    left_out = ()    # of skipped, what is known without looking at the audio
+
     def __init__(self, *paths):
         self.paths = self.files = paths
         self.first = [0]       # number of each file's first row; at the end the number of rows
         self.tasks = Counter()
         starts = array("q")    # first byte of each row in its file
-        stated = array("d")    # seconds of each row: 0 without audio, nan if not stated
+        stated = array("d")    # seconds of each row, nan where unknown
         for path in paths:
+            if os.path.isdir(path) or path.endswith(".parquet"):
+                raise InputError(f"'{path}' is no manifest; python data.py convert hub writes one")
             if not os.path.isfile(path):
-                raise InputError(f"no manifest '{path}'; give a file with one JSON object a line")
+                raise InputError(f"no manifest '{path}'; give a file with one JSON object a line, "
+                                 f"or a benchmark: {', '.join(BENCHMARKS)}")
             start = 0
             for number, line in enumerate(open(path, "rb"), 1):
                 if line.strip():
-                    row = parse_row(line, f"{path}, line {number}")
-                    seconds = 0 if row["audio"] is None else row["seconds"]
+                    i = len(starts) - self.first[-1]
+                    row = parse_row(line, f"{path}, row {i} (line {number})")
+                    seconds = math.nan if row["seconds"] is None else row["seconds"] or -1
                     starts.append(start)
-                    stated.append(math.nan if seconds is None else seconds)
+                    stated.append(0 if row["audio"] is None else seconds)
                     self.tasks[row["task"]] += 1
                 start += len(line)
             if len(starts) == self.first[-1]:
@@ -205,58 +279,70 @@ class Manifest:
         self.stated = np.array(stated)
 
     def __len__(self):
-        return len(self.starts)
+        return len(self.stated)
+
+    def where(self, i):
+        """-> the path of row i's file, its number there"""
+        k = np.searchsorted(self.first, i, side="right") - 1
+        return self.paths[k], i - self.first[k]
 
     def __getitem__(self, i):
         """Row i without its wave."""
         start = self.starts[i]    # IndexError after the last one, which ends a loop over the rows
-        k = np.searchsorted(self.first, i, side="right") - 1
-        path = self.paths[k]
+        path, number = self.where(i)
         with open(path, "rb") as file:    # anew: processes that share an open one share its place
             file.seek(start)
-            row = parse_row(file.readline(), f"{path}, row {i - self.first[k]}")
+            row = parse_row(file.readline(), f"{path}, row {number}")
         if row["audio"] is not None:
             row["audio"] = os.path.join(os.path.dirname(path), row["audio"])
         return row
 
+    def clip(self, i, row):
+        """The clip of row i and what else read_audio takes."""
+        return row["audio"], row.get("start"), row.get("end"), row["audio"]
+
     def load(self, i):
-        """Row i, with "wave" and "rate" where it has audio. Raises InputError."""
         row = self[i]
         if row["audio"] is not None:
-            row["wave"], row["rate"] = read_audio(row["audio"], row.get("start"), row.get("end"))
+            row["wave"], row["rate"] = read_audio(*self.clip(i, row))
         return row
 
     @functools.cached_property
     def headers(self):
-        """(lengths, skipped); opens the files whose length is not stated, once."""
+        """(lengths, skipped); opens the clips whose length is not stated, once."""
         lengths = self.stated.copy()
-        skipped = []
+        skipped = list(self.left_out)
         in_range = (lengths >= MIN_SECONDS) & (lengths <= MAX_SECONDS)    # nan is not
         for i in np.flatnonzero(~in_range & (lengths != 0)).tolist():
             row = self[i]
             try:
-                if row["seconds"] is not None:
+                if row.get("seconds") is not None:
                     check_seconds(row["seconds"], f"'{row['audio']}'")
-                file, _, count = open_audio(row["audio"], row.get("start"), row.get("end"))
-                with file:
-                    lengths[i] = count / file.samplerate
+                sound, first, last = open_audio(*self.clip(i, row))
+                with sound:
+                    lengths[i] = (last - first) / sound.samplerate
             except InputError as e:
                 lengths[i] = 0
                 skipped.append((i, e))
-        return lengths, skipped
+        return lengths, sorted(skipped, key=lambda found: found[0])
 
     lengths = property(lambda self: self.headers[0])
     skipped = property(lambda self: self.headers[1])
 
+    @property
+    def about(self):
+        tasks = [f"{n} {task}{' (unknown: exact match)' * (task not in TASKS)}"
+                 for task, n in self.tasks.items()]
+        return f"{len(self)} rows, {self.lengths.sum() / 3600:.3f} h: {', '.join(tasks)}"
+
     @functools.cached_property
     def usable(self):
-        """[usable row numbers] of each source."""
+        """[usable row numbers] of each file."""
         rows = usable_rows(self)
         return np.split(rows, np.searchsorted(rows, self.first[1:-1]))
 
-    def draw(self, n, seed, stage):
-        """(n,) row numbers of a stage in random order: whole passes over the usable rows."""
-        return passes(usable_rows(self), n, np.random.default_rng([seed, stage]))
+    def draw(self, n, rng):
+        return passes(usable_rows(self), n, rng)
 
 
 def allot(n, weights, caps):
@@ -292,39 +378,37 @@ class Mixture(Manifest):
         self.groups = {}        # {group: (share, draw by size?, numbers of its sources)}
         self.max_epochs = []    # of each source
         paths = []
+        with open(path, encoding="utf-8") as file:
+            text = "".join(line for line in file if not line.lstrip().startswith("//"))
         try:
-            with open(path, encoding="utf-8") as file:
-                text = "".join(line for line in file if not line.lstrip().startswith("//"))
             spec = json.loads(text)
-            names = [set(spec), *(set(given) - {"draw"} for given in spec["groups"].values())]
-            if names[0] - {"groups", "max_epochs", "rows"} or any(
-                    found != {"share", "sources"} for found in names[1:]):
-                raise ValueError(f"it has other keys: {names}")
-            for group, given in spec["groups"].items():
-                first = len(paths)
-                for source in given["sources"]:
-                    source = {"rows": source} if isinstance(source, str) else source
-                    paths.append(os.path.join(os.path.dirname(path), source["rows"]))
-                    limit = source.get("max_epochs", spec.get("max_epochs", math.inf))
-                    self.max_epochs.append(float(limit))
-                by_size = {"uniform": False, "by size": True}[given.get("draw", "uniform")]
-                members = np.arange(first, len(paths))
-                self.groups[group] = (float(given["share"]), by_size, members)
-            self.stage_rows = int(spec.get("rows", 1_600_000))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-            raise InputError(f"'{path}' is no mixture ({type(e).__name__}: {e}); README.md shows "
-                             "one") from e
+            limit = spec.pop("max_epochs", math.inf)
+            self.stage_rows = int(spec.pop("rows", 1_600_000))
+            for group, given in spec.pop("groups").items():
+                sources = [{"rows": source} if isinstance(source, str) else source
+                           for source in given.pop("sources")]
+                members = np.arange(len(paths), len(paths) + len(sources))
+                paths += [os.path.join(os.path.dirname(path), source["rows"]) for source in sources]
+                self.max_epochs += [float(source.get("max_epochs", limit)) for source in sources]
+                by_size = {"uniform": False, "by size": True}[given.pop("draw", "uniform")]
+                share = float(given.pop("share"))
+                self.groups[group] = (share, by_size, members)
+                spec |= given    # nothing may be left
+                if not 0 < share < math.inf or not sources:
+                    raise ValueError(f"{group} needs a share above 0 and sources")
+            if spec or not min(self.max_epochs) > 0 or text.count('"share"') > len(self.groups):
+                raise ValueError("max_epochs is above 0, each group comes once, and there is no "
+                                 f"other key: {', '.join(spec)}")
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
+            raise InputError(f"'{path}' is no mixture ({type(e).__name__}: {e}); compare it with "
+                             "assets/mixture.json") from e
         super().__init__(*paths)
         self.files = (path, *paths)
 
-    def caps(self, n):
-        """(sources,) the most rows of each in a stage of n."""
-        return np.array([int(min(n, limit * len(rows))) if len(rows) else 0
-                         for rows, limit in zip(self.usable, self.max_epochs)])
-
     def counts(self, n):
         """(sources,) how many of n rows come from each. Raises InputError if there are fewer."""
-        caps = self.caps(n)
+        caps = np.array([int(min(n, limit * len(rows))) if len(rows) else 0
+                         for rows, limit in zip(self.usable, self.max_epochs)])
         shares = [share for share, _, _ in self.groups.values()]
         budget = allot(n, shares, [caps[members].sum() for _, _, members in self.groups.values()])
         if budget.sum() < n:
@@ -336,20 +420,20 @@ class Mixture(Manifest):
             counts[members] = allot(rows, weights, caps[members])
         return counts
 
-    def draw(self, n, seed, stage):
-        """(n,) row numbers of a stage in random order; a row of a source comes k or k+1 times."""
-        rng = np.random.default_rng([seed, stage])
+    def draw(self, n, rng):
+        """Of a source each row comes k or k+1 times. The caller's generator stays as it is."""
+        rng = copy.deepcopy(rng)
         drawn = [passes(rows, k, rng) for rows, k in zip(self.usable, self.counts(n))]
         return rng.permutation(np.concatenate(drawn))
 
     def report(self, n):
         """Lines that say what a stage of n rows draws from each group and source."""
         counts = self.counts(n)
+        total = sum(share for share, _, _ in self.groups.values())
         lines = [f"{'usable rows':>14}{'share':>8}{'drawn':>10}{'epochs':>8}"]
         for group, (share, _, members) in self.groups.items():
             drawn = counts[members].sum()
-            lines.append(f"{'':14}{drawn / n:8.2%}{drawn:10}{'':8}  {group} (asked for "
-                         f"{share / sum(s for s, _, _ in self.groups.values()):.2%})")
+            lines.append(f"{drawn / n:22.2%}{drawn:10}{'':10}{group} (asked: {share / total:.2%})")
             for k in members:
                 rows = len(self.usable[k])
                 lines.append(f"{rows:14}{counts[k] / n:8.2%}{counts[k]:10}"
@@ -360,17 +444,31 @@ class Mixture(Manifest):
 # --------------------------------------------------------------------------------------------------
 # Synthetic tones, each with a question that only the sound answers
 
+PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+TONES = {    # kind: (question, all possible answers)
+    "louder": ("Which half is louder?", ("first", "last")),
+    "glide": ("Up, down or flat?", ("up", "down", "flat")),
+    "clicks": ("How many clicks?", ("1", "2", "3", "4")),
+    "timbre": ("Which sound?", ("flute", "buzzer", "bell", "noise")),
+    "voices": ("How many notes?", ("1", "2", "3")),
+    "note": ("Which note?", ("C", "D", "E", "F", "G", "A", "B")),
+    "semitone": ("Which pitch class?", PITCH_CLASSES),
+}
+DEFAULT_TONES = tuple(kind for kind in TONES if kind != "semitone")    # that one only by name
+UNLABELLED = {"prompt": "Listen.", "response": "ok", "choices": ("ok",), "task": "unlabelled"}
+TIMBRES = {    # ratios and strengths of the partials
+    "flute": ((1, 2), (1, 0.15)),
+    "buzzer": ((1, 3, 5, 7, 9), (1, 1, 0.8, 0.6, 0.5)),
+    "bell": ((1, 2.76, 5.4), (1, 0.8, 0.6)),
+    "reed": ((1, 2, 3, 4, 5), (1, 0.7, 0.5, 0.35, 0.25)),
+}
+
+
 def partials(pitch, timbre, rng):
-    """pitch (N,) in Hz -> (N,) a tone; its timbre sets ratios and strengths of the partials."""
-    ratios, strengths = {
-        "flute": ((1, 2), (1, 0.15)),
-        "buzzer": ((1, 3, 5, 7, 9), (1, 1, 0.8, 0.6, 0.5)),
-        "bell": ((1, 2.76, 5.4), (1, 0.8, 0.6)),
-        "reed": ((1, 2, 3, 4, 5), (1, 0.7, 0.5, 0.35, 0.25)),
-    }[timbre]
+    """pitch (N,) in Hz -> (N,) a tone"""
     phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
     wave = np.zeros(len(pitch))
-    for ratio, strength in zip(ratios, strengths):
+    for ratio, strength in zip(*TIMBRES[timbre]):
         wave += strength * np.sin(ratio * phase + rng.uniform(0, 2 * np.pi))
     return wave
 
@@ -385,51 +483,48 @@ def envelope(n, shortest, longest, rng):
     return np.clip(np.minimum(since_onset, until_end) / 0.01, 0, 1)
 
 
-def any_pitch(rng, low=220.0, octaves=2.0):
-    return low * 2 ** rng.uniform(0, octaves)
+def make_tone(kind, n, answer, rng):
+    """(n,) samples in which the answer is right."""
+    def any_pitch(low=220.0, octaves=2.0):
+        return low * 2 ** rng.uniform(0, octaves)
 
-
-def make_louder(n, answer, rng):
-    quiet = 10 ** (-rng.uniform(10, 20) / 20)    # 10 to 20 dB below
-    first, last = (1, quiet) if answer == "first" else (quiet, 1)
-    middle = rng.uniform(0.4, 0.6)
-    return rng.standard_normal(n) * np.where(np.arange(n) / n < middle, first, last)
-
-
-def make_glide(n, answer, rng):
-    octaves = rng.uniform(0.5, 1.5) * {"up": 1, "down": -1, "flat": 0}[answer]
-    pitch = any_pitch(rng, 400, 1) * 2 ** (octaves * np.linspace(-0.5, 0.5, n))
-    tone = partials(pitch, rng.choice(["flute", "reed"]), rng)
-    return tone * envelope(n, 0.7, 1, rng)
-
-
-def make_timbre(n, answer, rng):
-    if answer == "noise":
-        tone = rng.standard_normal(n)
-    else:
-        tone = partials(np.full(n, any_pitch(rng)), answer, rng)
-    return tone * envelope(n, 0.5, 0.9, rng)
-
-
-def make_note(n, answer, rng):
-    semitones = PITCH_CLASSES.index(answer)
+    if kind == "louder":
+        quiet = 10 ** (-rng.uniform(10, 20) / 20)    # 10 to 20 dB below
+        first, last = (1, quiet) if answer == "first" else (quiet, 1)
+        middle = rng.uniform(0.4, 0.6)
+        return rng.standard_normal(n) * np.where(np.arange(n) / n < middle, first, last)
+    if kind == "glide":
+        octaves = rng.uniform(0.5, 1.5) * {"up": 1, "down": -1, "flat": 0}[answer]
+        pitch = any_pitch(400, 1) * 2 ** (octaves * np.linspace(-0.5, 0.5, n))
+        return partials(pitch, rng.choice(["flute", "reed"]), rng) * envelope(n, 0.7, 1, rng)
+    if kind == "clicks":
+        count = int(answer)
+        tenths = rng.choice(np.arange(1, 10), count, replace=False) + rng.uniform(-0.2, 0.2, count)
+        decay = np.exp(-np.arange(int(0.05 * SAMPLE_RATE)) / (0.01 * SAMPLE_RATE))    # 10 ms to 1/e
+        wave = np.zeros(n)
+        for tenth in np.sort(tenths):
+            start = int(n * tenth / 10)
+            burst = decay * rng.standard_normal(len(decay))
+            wave[start:start + len(decay)] += burst[:n - start]
+        return wave
+    if kind == "timbre":
+        tone = (rng.standard_normal(n) if answer == "noise"
+                else partials(np.full(n, any_pitch()), answer, rng))
+        return tone * envelope(n, 0.5, 0.9, rng)
+    if kind == "voices":
+        second = rng.choice([4, 7, 9])    # semitones above the root
+        third = rng.choice([3, 4])
+        root = any_pitch()
+        wave = np.zeros(n)
+        for semitones in {"1": (0,), "2": (0, second), "3": (0, third, 7)}[answer]:
+            wave += partials(np.full(n, root * 2 ** (semitones / 12)), "flute", rng)
+        return wave * envelope(n, 0.6, 0.9, rng)
+    semitones = PITCH_CLASSES.index(answer)    # note and semitone
     octave = rng.integers(0, 2)    # 4 or 5
     detuned = rng.uniform(-0.1, 0.1)
     pitch = 440 * 2 ** ((semitones - 9) / 12 + octave + detuned / 12)
     tone = partials(np.full(n, pitch), rng.choice(["flute", "reed"]), rng)
     return tone * envelope(n, 0.6, 0.9, rng)
-
-
-PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
-TONES = {    # kind: (question, all possible answers, function (samples, answer, rng) -> (samples,))
-    "louder": ("Which half is louder?", ("first", "last"), make_louder),
-    "glide": ("Up, down or flat?", ("up", "down", "flat"), make_glide),
-    "timbre": ("Which sound?", ("flute", "buzzer", "bell", "noise"), make_timbre),
-    "note": ("Which note?", ("C", "D", "E", "F", "G", "A", "B"), make_note),
-    "semitone": ("Which pitch class?", PITCH_CLASSES, make_note),
-}
-DEFAULT_TONES = tuple(kind for kind in TONES if kind != "semitone")    # that one only by name
-UNLABELLED = {"prompt": "Listen.", "response": "ok", "choices": ("ok",), "task": "unlabelled"}
 
 
 class Tones:
@@ -447,15 +542,16 @@ class Tones:
         self.kinds = tuple(kinds)
         self.n_labelled = labelled * len(kinds)
         self.seed = seed
-        steps = np.arange(self.n_labelled + n) * 0.6180339887 % 1    # golden: no pattern
-        self.lengths = 1.2 + 0.8 * steps                             # 1.2 to 2 s
+        n += self.n_labelled
+        self.lengths = 1.2 + 0.8 * (np.arange(n) * 0.6180339887 % 1)    # 1.2 to 2 s, golden steps
+        self.about = f"{n} synthetic tones: {', '.join(kinds)}"
 
     def __len__(self):
         return len(self.lengths)
 
     def load(self, i):
         kind = self.kinds[i % len(self.kinds)]
-        question, answers, make = TONES[kind]
+        question, answers = TONES[kind]
         if i < self.n_labelled:
             rng = np.random.default_rng([2, self.seed, i])    # 0 and 1 are the splits
             answer = answers[i // len(self.kinds) % len(answers)]
@@ -463,20 +559,20 @@ class Tones:
             rng = np.random.default_rng([self.stream, i])
             answer = answers[rng.integers(len(answers))]
         n = round(SAMPLE_RATE * self.lengths[i])
-        wave = make(n, answer, rng)
+        wave = make_tone(kind, n, answer, rng)
         wave *= rng.uniform(0.1, 0.7) / np.abs(wave).max()
         wave += 10 ** rng.uniform(-4, -2.3) * rng.standard_normal(n)    # noise at -80 to -46 dB
         row = {"wave": torch.tensor(wave, dtype=torch.float32), "rate": SAMPLE_RATE,
                "prompt": question, "response": answer, "choices": answers, "task": kind}
         return row | UNLABELLED if 0 < self.n_labelled <= i else row
 
-    def draw(self, n, seed, stage):
-        """(n,) row numbers of a stage in random order."""
-        rng = np.random.default_rng([seed, stage])
+    def draw(self, n, rng):
         labelled, others = np.split(np.arange(len(self)), [self.n_labelled])
-        n_labelled = n // 2 if len(labelled) else 0
-        drawn = [passes(labelled, n_labelled, rng), passes(others, n - n_labelled, rng)]
-        return rng.permutation(np.concatenate(drawn)) if n_labelled else drawn[1]
+        if not len(labelled):
+            return passes(others, n, rng)
+        rng = copy.deepcopy(rng)    # the caller's stays as it is
+        drawn = [passes(labelled, n // 2, rng), passes(others, n - n // 2, rng)]
+        return rng.permutation(np.concatenate(drawn))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -485,20 +581,46 @@ class Tones:
 def plan_stage(source, steps, batch, seed, stage, window=50):
     """(steps, batch) row numbers of a stage, rows of a step alike in length.
 
-    `window` steps at a time of what the source draws are sorted by length and dealt out again in
-    random order. A function of its arguments alone, so that a resumed run only needs to know its
-    step. Raises InputError without any row."""
+    `window` steps at a time of what the source draws are sorted by length, see deal, and dealt out
+    again in random order; rows of text are dealt evenly over the steps. A function of its arguments
+    alone, so that a resumed run only needs to know its step. Raises InputError without any row."""
     if len(source.skipped) == len(source):
         raise InputError(f"none of the {len(source)} rows can be used; "
                          f"the first: {source.skipped[0][1]}")
-    drawn = source.draw(steps * batch, seed, stage)
     rng = np.random.default_rng([seed, stage])
+    drawn = source.draw(steps * batch, rng)
     plan = []
     for start in range(0, len(drawn), window * batch):
         rows = drawn[start:start + window * batch]
-        rows = rows[np.argsort(source.lengths[rows], kind="stable")].reshape(-1, batch)
-        plan.append(rng.permutation(rows))
+        rows = rows[np.argsort(source.lengths[rows], kind="stable")]
+        text, sound = np.split(rows, [np.sum(source.lengths[rows] == 0)])
+        in_order = []
+        for text_of_step in np.array_split(text, len(rows) // batch):
+            n_sound = batch - len(text_of_step)
+            in_order += [text_of_step, sound[:n_sound]]
+            sound = sound[n_sound:]
+        steps_of_window = deal(np.concatenate(in_order), batch)
+        plan.append(steps_of_window[rng.permutation(len(steps_of_window))])
     return np.concatenate(plan)
+
+
+def deal(rows, batch):
+    """(n,) row numbers in order -> (n / batch, batch): each step takes the next ones, but of copies
+    of a row, as small sources need them, only one: the others change places with rows of the
+    nearest steps that have none."""
+    steps = rows.reshape(-1, batch)
+    if len(np.unique(rows)) == len(rows):
+        return steps
+    steps = steps.tolist()
+    for i, step in enumerate(steps):
+        for place, row in enumerate(step):
+            nearest = sorted(range(len(steps)), key=lambda j: abs(j - i))
+            for other in (steps[j] for j in nearest if row in step[:place]):
+                new = [k for k, found in enumerate(other) if found not in step]
+                if new and row not in other:
+                    step[place], other[new[0]] = other[new[0]], row
+                    break
+    return np.array(steps)
 
 
 class Rows(torch.utils.data.Dataset):
@@ -518,7 +640,7 @@ def collate(rows, spec, rates=(), think=True, responses=True, micro_tokens=None)
     """Loaded rows of a step -> ([its micro-batches], [InputError of those left out]).
 
     A batch is that of build_inputs, with labels, and what training and scoring need beside it:
-    waves       {rate in Hz: [(N,) or None, one a row]} at 16 kHz and at the teachers' rates
+    waves       {rate in Hz: [(N,) or None, one a row]} at 16 kHz and at the experts' rates
     rows        the loaded rows without their waves
     seconds     of audio
     A micro-batch has at most micro_tokens tokens with its padding, or one row. The losses are sums,
@@ -539,7 +661,7 @@ def collate(rows, spec, rates=(), think=True, responses=True, micro_tokens=None)
         except InputError as e:
             skipped.append(e if e is row else InputError(f"row {row.get('row')}: {e}"))
 
-    if micro_tokens:
+    if responses:    # scoring keeps the order
         encoded.sort(key=lambda found: len(found[0][0]))
     cuts = []
     for found in encoded:
@@ -565,7 +687,7 @@ def idle_batch(spec, rates):
 
 
 def to_device(batch, device):
-    """Moves the tensors of a batch, except the teachers' waves: they go one by one."""
+    """Moves the tensors of a batch, except the experts' waves: they go one by one."""
     def move(value):
         return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
 
@@ -573,15 +695,18 @@ def to_device(batch, device):
     return moved | {"audio": {key: move(value) for key, value in batch["audio"].items()}}
 
 
-def expert_targets(experts, batch):
+def expert_targets(experts, batch, audio_embeds=None):
     """{name: (B, L, E)} z_k, the features of the frozen experts at the thinking tokens (25 Hz).
+    audio_embeds    (B, L, D) of the model's Output, which are recon's
 
     Clip by clip, unpadded: clip-wide normalisation, reflection at the ends and ALiBi depend on the
     true length. In fp32 (a GPU's convolutions: TF32): bf16 would show in their log spectra."""
     targets = {}
     lengths = batch["n_audio"]
     for name, expert in experts.items():
-        if expert.sample_rate is None:    # it hears no wave: its features come with the forward pass
+        if expert.sample_rate is None:    # recon: what the language model consumes
+            if audio_embeds is not None:
+                targets[name] = expert(audio_embeds)
             continue
         frames = [torch.zeros(0, expert.dim, device=lengths.device)]    # none in a batch of text
         for wave, n_audio in zip(batch["waves"][expert.sample_rate], lengths.tolist()):
@@ -593,22 +718,31 @@ def expert_targets(experts, batch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Corpora. assets/corpora.json describes those that are one table, and holds our prompts. A corpus is
-# a function of (root, split); it yields arguments of make_row, or why an item becomes no row.
+# Data sets as tables. assets/corpora.json describes what one trains on, as its makers lay it out,
+# assets/benchmarks.json the paper's evaluation sets as lmms-eval has them on the hub; both say what
+# their keys mean.
 
-with open(os.path.join(ASSETS, "corpora.json"), encoding="utf-8") as file:
-    SHIPPED = json.load(file)
-WORDINGS = SHIPPED["wordings"]    # {} is the question; the paper names its tasks, not its prompts
-CLASSES = ("emotion", "vocal_sound", "genre")    # their wordings ask for one of fixed choices
 LETTERS = string.ascii_uppercase
+SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aiff", ".aif", ".w64", ".caf")
+FAMILIES = ("General", "AIR-Bench", "Music", "Emotion", "ASR")    # of benchmarks, table 1
+CLASSES = ("emotion", "genre")    # tasks whose wordings ask for one of fixed options
+ROW_KEYS = ("benchmark", "family", "max_new_tokens", "rule", "wer", "prompt_is_ours")
+CORPORA = read_json(os.path.join(ASSETS, "corpora.json"))
+WORDINGS = CORPORA.pop("wordings")    # {task: prompts}, {} is the question
+BENCHMARKS = read_json(os.path.join(ASSETS, "benchmarks.json"))
+TASKS = {*WORDINGS, *TONES, "unlabelled"}
+for SETS in (CORPORA, BENCHMARKS):
+    SETS.pop("keys")    # what they mean
+    for name, spec in SETS.items():
+        SETS[name] = SETS.get(spec.pop("like", name)) | spec
 
 
 class LeftOut(Exception):
-    """Why an item of a corpus becomes no row, to be counted."""
+    """Why an item of a data set becomes no row, to be counted."""
 
 
 def as_list(value):
-    return [value] if isinstance(value, str) else list(value)
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def digest(*words):
@@ -617,407 +751,373 @@ def digest(*words):
     return int.from_bytes(hashlib.md5(text).digest()[:4], "big")
 
 
-def make_row(task, response, audio=(), question="", wordings=(), choices=None,
-             choice_prompt="{} {line}", spoken="", more=None):
-    """A row of a manifest. Raises LeftOut.
+def make_rows(spec, cells, root="", audio=None):
+    """[the rows] that a description makes of an item, {column: value}. Raises LeftOut.
 
-    audio       where the clip may lie, whatever its ending; a path or several
-    wordings    prompts around the question, instead of the task's
-    choices     in any form that read_choices takes; the response names one of them
-    spoken      the question that the clip itself asks, for a judge
-    more        further keys"""
-    places = as_list(audio)
-    if choices is not None:
-        choices = read_choices(choices)
-        if task in CLASSES:    # in an order of the clip's own, so that no letter is a hint
-            name = os.path.basename(places[0])
-            question = WORDINGS[task][digest(name) % len(WORDINGS[task])]
-            choices.sort(key=lambda choice: digest(name, choice))
-        question, response = letter_choices(question, choices, response.strip(), choice_prompt)
-        task, wordings = "mcq", ["{}"]
-    clip = next(filter(None, map(find_audio, places)), None)
-    if places and not clip:
+    audio       its clip, where it does not lie in root"""
+    def fill(key):
+        return [text.format_map(cells) for text in as_list(spec.get(key))]
+
+    for place in fill("audio"):
+        audio = audio or find_audio(os.path.join(root, place))
+    if spec.get("audio") and not audio:
         raise LeftOut("no audio file")
-    wordings = wordings or WORDINGS[task]
-    wording = wordings[digest(os.path.basename(clip or ""), question, response) % len(wordings)]
-    row = {"audio": clip, "prompt": wording.format(question.strip()).strip(),
-           "response": response.strip(), "task": task}
-    if not row["prompt"] or not row["response"]:
-        raise LeftOut("empty text")
-    if choices is not None:
-        row["choices"] = choices
-    if spoken:
-        row["question"] = spoken.strip()
-    for key, value in (more or {}).items():    # MMAU's "task" becomes "task_"
-        row[f"{key}_" if key in row or key in LOADED_KEYS else key] = value
-    return row
+    name = os.path.basename(audio or "")
+    row = {"audio": audio, "prompt": "", "response": "", "task": spec["task"]}
+    row |= {key: spec[key] for key in ROW_KEYS if key in spec}
+    row |= {"question": text.strip() for text in fill("spoken")}
+    row |= {key: round(float(fill(key)[0]), 3) for key in ("start", "end", "seconds") if key in spec}
+    if "end" in row:
+        row["seconds"] = round(row["end"] - row["start"], 3)
+    for key, template in spec.get("keep", {}).items():
+        with contextlib.suppress(KeyError):    # older tables have fewer columns
+            row[key] = template.format_map(cells)
+
+    question = next(filter(str.strip, fill("question")), "").strip()
+    wordings = spec.get("wordings") or WORDINGS[spec["task"]]
+    lettered = []
+    if spec.get("options") or spec.get("choices"):
+        columns = spec.get("choices")
+        row["choices"] = read_choices(spec.get("options") or (
+            cells[columns] if isinstance(columns, str) else [cells[key] for key in columns]))
+        if spec["task"] in CLASSES:    # in an order of the clip's own, so that no letter is a hint
+            question = wordings[digest(name) % len(wordings)]
+            row["choices"].sort(key=lambda choice: digest(name, choice))
+        lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"])]
+        row["task"] = "mcq"
+
+    rows = []
+    for response in fill("response"):
+        for pattern, replacement in spec.get("clean", ()):
+            response = re.sub(pattern, replacement, response)
+        if "clean" in spec:
+            response = " ".join(response.split())
+        response = response.lower().strip() if spec.get("lower") else response.strip()
+        prompt = wordings[digest(name, question, response) % len(wordings)].format(question).strip()
+        if lettered:
+            number = find_choice(response, row["choices"], spec.get("letter"))
+            if number is not None:
+                response = lettered[number]
+            elif "rule" not in spec:    # upstream counts such a row as wrong
+                raise LeftOut("with an answer that is none of the choices")
+            prompt = question and " ".join([question, *lettered])
+        if "prompt" in spec:    # as it is, with white space at its ends
+            prompt = spec["prompt"].format_map(cells | {"options": "\n".join(lettered)})
+        words = re.sub("<.*?>", "", response)
+        empty = not re.search(r"\w", words) if spec["task"] == "asr" else not response
+        if not prompt or empty and spec.get("wer") != "rows":    # that rule counts them
+            raise LeftOut("empty text")
+        families = [family for family, names in spec.get("families", {}).items()
+                    if re.search(rf"\b({names})s?\b", response, re.I)]
+        if len(families) == 1 and "instrument" in prompt.split("\n")[0].lower():
+            row["instrument_family"] = families[0]
+        rows.append(row | {"prompt": prompt, "response": response})
+    return rows
 
 
 def read_choices(given):
-    """A list, {"A": text, ..}, "a|b|c", or a list in a text -> [text]; "A. text" loses its letter."""
+    """A list, "a|b|c", lines, or a list in a text -> [text]; "A. text" and "(A) text" lose their
+    letter. Raises LeftOut."""
+    if isinstance(given, str) and given.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):
+            given = ast.literal_eval(given)
     if isinstance(given, str):
-        try:
-            given = ast.literal_eval(given) if given.startswith("[") else given.split("|")
-        except (ValueError, SyntaxError) as e:
-            raise LeftOut("with choices that are no list") from e
-    if isinstance(given, dict):
-        given = given.values()
-    texts = ["" if text is None else str(text).strip() for text in given]
-    marks = [re.match(rf"\(?{letter}[.):]\s*", text) for letter, text in zip(LETTERS, texts)]
-    if all(mark or not text for mark, text in zip(marks, texts)):
-        texts = [text[mark.end():] if mark else text for mark, text in zip(marks, texts)]
+        given = given.strip().split("\n" if "\n" in given else "|")
+    texts = ["" if text is None else str(text).strip() for text in given or ()]
     while texts and not texts[-1]:
         texts.pop()
-    if not all(texts):    # the letters after it would change
-        raise LeftOut("with an empty choice")
+    marks = [re.match(rf"\(?{letter}[.):]\s*", text) for letter, text in zip(LETTERS, texts)]
+    if all(marks):
+        texts = [text[mark.end():] for mark, text in zip(marks, texts)]
+    if not all(texts) or not 2 <= len(texts) <= len(LETTERS):    # the letters after it would change
+        raise LeftOut("with an empty choice, or fewer than two")
     return texts
 
 
-def letter_choices(question, choices, answer, choice_prompt):
-    """-> ("Which? A. this B. that", "B. that"); the answer is a text, a letter, both, or a number
-    from 0. Raises LeftOut."""
-    if not question.strip():
-        raise LeftOut("empty text")
-    if not 2 <= len(choices) <= len(LETTERS):
-        raise LeftOut(f"with {len(choices)} choices")
-    lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices)]
-    prompt = choice_prompt.format(question, line=" ".join(lettered), lines="\n".join(lettered))
-    for form in ("{text}", "{letter}", "({letter})", "{letter}.", "{letter}. {text}",
-                 "({letter}) {text}", "{number}"):
-        for number, (letter, text) in enumerate(zip(LETTERS, choices)):
-            name = form.format(letter=letter, text=text, number=number)
-            if answer.casefold() == name.casefold():
-                return prompt, lettered[number]
-    raise LeftOut("with an answer that is none of the choices")
+def find_choice(answer, choices, by_letter=False):
+    """The number of the choice that an answer names, or None: by its text, its letter, both, or a
+    number from 0; by_letter: "B" or "(B) .." is a letter whatever follows."""
+    texts = [choice.casefold() for choice in choices]
+    if not by_letter and answer.casefold() in texts:
+        return texts.index(answer.casefold())
+    found = re.fullmatch(r"\(?([A-Z]|\d+)\b[.):]*\s*(.*)", answer, re.I | re.S)
+    if found:
+        name = found[1]
+        number = int(name) if name.isdigit() else LETTERS.index(name.upper())
+        if number < len(texts) and (by_letter or found[2].casefold() in ("", texts[number])):
+            return number
+    return None
 
 
 def find_audio(place):
-    """The audio file of this name, whatever its ending, or None."""
+    """A path that is a file; else the audio file of this name with another ending, in any case of
+    letters; else None. Raises LeftOut if there are several."""
+    if os.path.isfile(place):
+        return place
     folder, name = os.path.split(os.path.normpath(place))
-    return listing(folder).get(os.path.splitext(name)[0])
+    found = listing(folder).get(name.lower()) or listing(folder).get(
+        os.path.splitext(name)[0].lower(), [None])
+    if len(found) > 1:
+        raise LeftOut("with several audio files of its name")
+    return found[0]
 
 
 @functools.lru_cache(1024)
 def listing(folder):
-    """{name without its ending: path} of a folder's audio files; to ask for each file is slow."""
+    """{name in small letters without its ending: [paths]} of a folder's audio files; to ask for
+    each file is slow."""
     found = {}
-    for file in os.listdir(folder) if os.path.isdir(folder) else ():
-        name, ending = os.path.splitext(file)
-        if ending in (".wav", ".flac", ".ogg", ".opus", ".mp3", ".au"):
-            found[name] = os.path.join(folder, file)
+    for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        stem, ending = os.path.splitext(file.lower())
+        if ending in SOUNDS:
+            found.setdefault(stem, []).append(os.path.join(folder, file))
     return found
-
-
-def first_of(*paths):
-    """The first path that is there, or else the first of all, for the error to name."""
-    return next(filter(os.path.exists, paths), paths[0])
 
 
 # Some tables mix Latin-1 into their UTF-8.
 codecs.register_error("latin-1", lambda e: (e.object[e.start:e.end].decode("latin-1"), e.end))
 
 
-def read_table(path, quoted=True):
-    """Yields the dicts of a JSON file, or of a header line and cells between commas, tabs, bars."""
-    if path.endswith((".json", ".jsonl")):
-        yield from json_items(path)
-        return
+def read_table(path, quoted=True, each=()):
+    """Yields the dicts of a file: of a header line and cells between commas, tabs or bars; or of
+    JSON, one a line or in an array, alone or as the "data" of an object. null is an empty text.
+
+    each    of JSON: keys of lists in lists; an item also has what is beside its list"""
     csv.field_size_limit(2 ** 24)
     with open(path, encoding="utf-8-sig", errors="latin-1", newline="") as file:
-        mark = max(",\t|", key=file.readline().count)
-        file.seek(0)
-        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        yield from csv.DictReader(file, delimiter=mark, quoting=quoting, restval="")
-
-
-def json_items(path):
-    """Yields the objects of a file: one a line, or of an array, alone or as the "data" of an
-    object. null becomes an empty text."""
-    with open(path, encoding="utf-8-sig", errors="latin-1") as file:
+        if not path.endswith((".json", ".jsonl")):
+            mark = max(",\t|", key=file.readline().count)
+            file.seek(0)
+            quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+            yield from csv.DictReader(file, delimiter=mark, quoting=quoting, restval="")
+            return
         text = file.read()
     try:
         items = json.loads(text)
-        if isinstance(items, dict):
-            items = items.get("data", [items])
     except json.JSONDecodeError:
         items = map(json.loads, filter(str.strip, text.split("\n")))
+    if isinstance(items, dict):
+        items = [items] if each else items.get("data", [items])
+    for key in each:
+        items = [outer | inner for outer in items for inner in outer[key]]
     for item in items:
         yield {key: "" if value is None else value for key, value in dict(item).items()}
 
 
-def from_table(root, split, *, task, table, response, audio=(), question=(), choices=(),
-               quoted=True, seconds=None, only=None, keep=False, spoken="", **rest):
-    """The rows of an entry of assets/corpora.json. Texts are templates of {split} and the columns;
-    of several tables and places the first that is there counts, of several questions the first that
-    is not empty; each response gives a row. keep: columns that are not used stay in the row."""
-    path = first_of(*(f"{root}/{name.format(split=split)}" for name in as_list(table)))
-    used = {*choices, *re.findall(r"{(\w+)", " ".join(as_list(response) + as_list(question)))}
-    for cells in read_table(path, quoted):
-        if only and not re.match(only[split], cells["task_name"]):
-            continue
-
-        def fill(templates):
-            return [text.format_map(cells | {"split": split}) for text in as_list(templates)]
-
-        more = {key: cells[key] for key in cells if key not in used} if keep else {}
-        if seconds:
-            more["seconds"] = round(float(fill(seconds)[0]), 3)
-        options = [cells.get(name, "") for name in choices] or [None]
-        for text in fill(response):
-            yield rest | {
-                "task": task, "response": text, "more": more,
-                "audio": [f"{root}/{place}" for place in fill(audio)],
-                "question": next(filter(str.strip, fill(question)), ""),
-                "choices": options if len(options) > 1 else options[0],
-                "spoken": fill(spoken)[0]}
-
-
-def librispeech(root, split):
-    """ROOT/SPLIT/SPEAKER/CHAPTER/*.trans.txt, lines "ID TEXT", and ID.flac beside it"""
-    folder = first_of(f"{root}/{split}", f"{root}/LibriSpeech/{split}")
-    for path in sorted(glob.glob(f"{glob.escape(folder)}/*/*/*.trans.txt")):
-        for line in open(path, encoding="utf-8"):
-            name, text = line.split(" ", 1)
-            # All in capitals, which say nothing.
-            yield dict(task="asr", response=text.lower(), audio=f"{os.path.dirname(path)}/{name}.flac")
+def corpus_items(name, root, split):
+    """Yields {column: value} of the items of a corpus, or why one becomes no row."""
+    spec = CORPORA[name]
+    as_named = spec.get("split_names", {}).get(split, split)
+    tables = [glob.escape(root) + "/" + table.replace("{split}", as_named)
+              for table in as_list(spec["table"])]
+    paths = next(filter(None, map(glob.glob, tables)), None)
+    if not paths:
+        raise InputError(f"no file '{tables[0]}'; {layout_of(name)}")
+    for path in sorted(paths):
+        if "line" in spec:
+            with open(path, encoding="utf-8", errors="latin-1") as file:
+                lines = re.finditer(spec["line"].replace("{split}", as_named), file.read(), re.M)
+            items = [line.groupdict() for line in lines]
+        elif "files" in spec:
+            items = [{"file": os.path.relpath(path, root)}] * path.lower().endswith(SOUNDS)
+        else:
+            items = read_table(path, spec.get("quoted", True), spec.get("each", ()))
+        for cells in items:
+            cells |= {"split": split, "folder": os.path.relpath(os.path.dirname(path), root)}
+            odd = []
+            for column, form in spec.get("parse", {}).items():
+                found = re.search(form.replace("{split}", split), str(cells[column]), re.S)
+                cells |= found.groupdict() if found else {}
+                odd += [] if found else [column]
+            yield f"with another {odd[0]}" if odd else cells
 
 
-def gigaspeech(root, split):
-    """ROOT/GigaSpeech.json with audios and their segments, and audio in ROOT/audio; SPLIT is a
-    subset: XL, L, M, S, XS, DEV, TEST"""
-    with open(f"{root}/GigaSpeech.json", encoding="utf-8") as file:
-        audios = json.load(file)["audios"]    # one object for 10,000 hours: many GB of memory
-    marks = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
-    for audio in audios:
-        for segment in audio["segments"]:
-            if f"{{{split}}}" not in segment["subsets"]:
-                continue
-            text = re.sub("<(MUSIC|NOISE|SIL|OTHER)>", "", segment["text_tn"])    # appendix B
-            for tag, mark in marks.items():
-                text = re.sub(rf"\s*{tag}", mark, text)
-            if not re.search(r"\w", text):
-                yield "nothing but tags"
-                continue
-            start, end = segment["begin_time"], segment["end_time"]
-            yield dict(task="asr", response=" ".join(text.lower().split()),
-                       audio=f"{root}/{audio['path']}",
-                       more={"start": start, "end": end, "seconds": round(end - start, 3)})
+def open_dataset(place, config=None, split=None, **options):
+    """A data set of the hub, a folder that save_to_disk wrote, or parquet files: one, a pattern, or
+    all in a folder whose path names config and split -> datasets.Dataset, its audio undecoded."""
+    import datasets    # takes a second
+    files = sorted(glob.glob(place))
+    if os.path.isdir(place):
+        found = glob.glob(f"{glob.escape(place)}/**/*.parquet", recursive=True)
+        files = [path for path in sorted(found) if all(
+            word in os.path.relpath(path, place) for word in (config, split) if word)]
+        if len(found) > 1 and not files:
+            raise InputError(f"'{place}' holds {len(found)} parquet files and none of the split "
+                             f"{split}; give those you want, 'FOLDER/NAME*.parquet'")
+        files = files or found
+    if files:
+        table = datasets.load_dataset("parquet", data_files=files, split="train")
+    elif os.path.isdir(place):
+        table = datasets.load_from_disk(place)
+    else:
+        table = datasets.load_dataset(place, config, split=split, **options)
+    if isinstance(table, dict):    # of splits
+        if split not in table and len(table) > 1:
+            raise InputError(f"'{place}' has the splits {', '.join(table)}; choose one")
+        table = table[split if split in table else next(iter(table))]
+    for name, kind in table.features.items():
+        if isinstance(kind, datasets.Audio) or isinstance(kind, dict) and "bytes" in kind:
+            table = table.cast_column(name, datasets.Audio(decode=False))
+    return table
 
 
-def iemocap(root, split):
-    """ROOT/SessionN/dialog/EmoEvaluation/DIALOG.txt, and audio in
-    ROOT/SessionN/sentences/wav/DIALOG; SPLIT is train (sessions 1 to 4) or test (session 5)"""
-    # The usual four; there are others.
-    labels = {"ang": "angry", "hap": "happy", "exc": "happy", "sad": "sad", "neu": "neutral"}
-    for session in {"train": (1, 2, 3, 4), "test": (5,)}[split]:
-        folder = f"{root}/Session{session}"
-        for path in sorted(glob.glob(f"{glob.escape(folder)}/dialog/EmoEvaluation/Ses*.txt")):
-            text = open(path, encoding="utf-8", errors="latin-1").read()
-            turns = re.findall(r"^\[([\d.]+) - ([\d.]+)\]\t(\w+)\t(\w+)\t", text, re.M)
-            for start, end, turn, label in turns:
-                if label not in labels:
-                    yield f"of emotion {label}"
-                    continue
-                dialog, number = turn.rsplit("_", 1)    # number: F000, M000 ..
-                yield dict(task="emotion", response=labels[label], choices=set(labels.values()),
-                           audio=f"{folder}/sentences/wav/{dialog}/{turn}.wav",
-                           more={"seconds": round(float(end) - float(start), 3),
-                                 "speaker": f"Ses{session:02}{number[0]}", "recording": dialog})
+class Benchmark(Manifest):
+    """An evaluation set: NAME from the hub, NAME@REVISION, or NAME=PLACE, where files of the same
+    columns lie, see open_dataset, or the makers' folder. Its rows also have ROW_KEYS."""
 
+    def __init__(self, text):
+        name, revision, place = re.fullmatch(r"([^@=]+)(?:@([^=]+)|=(.+))?", text).groups()
+        spec = BENCHMARKS[name] | {"benchmark": name}
+        corpus = spec.get("corpus")
+        hub = spec.get("hub")
+        revision = revision or spec.get("revision")
+        self.column = spec.get("clip", "audio")
+        self.table = None    # datasets.Dataset
+        if corpus and os.path.isdir(place or "") and not glob.glob(f"{place}/*.arrow"):
+            items = [item for item in corpus_items(corpus, place, spec["split"])
+                     if not isinstance(item, str)]
+            spec = CORPORA[corpus] | spec | {"response": CORPORA[corpus]["response"]}
+        elif place or hub:
+            options = {key: spec[key] for key in ("data_files",) if key in spec}
+            self.table = open_dataset(place or hub, spec.get("config"), spec["split"],
+                                      revision=revision, **options)
+            items = self.table.remove_columns(self.column)
+        else:
+            raise InputError(f"{name} is not on the hub; give {name}=ROOT: {layout_of(corpus)}")
+        self.rows = []
+        self.left_out = []
+        for i, cells in enumerate(items):
+            label = f"{name}:{i}"
+            try:
+                self.rows += make_rows(spec, cells, place, self.table and label)
+            except LeftOut as e:
+                self.rows.append({"audio": label, "task": spec["task"]})
+                self.left_out.append((i, InputError(f"{label}: {e}")))
+        self.paths = (name,)
+        self.first = [0, len(self.rows)]
+        self.tasks = Counter(row["task"] for row in self.rows)
+        self.stated = np.full(len(self.rows), math.nan)
+        self.stated[[i for i, _ in self.left_out]] = 0
+        self.origin = place or f"{hub}, {spec['split']}, revision {revision or 'newest'}"
+        self.origin += "; the prompt is ours" * spec.get("prompt_is_ours", False)
 
-def iemocap_qa(root, split):
-    """ROOT/SessionN as for iemocap; asks how the speaker feels, without choices"""
-    for row in iemocap(root, split):
-        change = {"task": "qa", "choices": None, "wordings": WORDINGS["emotion"]}
-        yield row if isinstance(row, str) else row | change
+    def __getitem__(self, i):
+        return dict(self.rows[i])
 
+    def clip(self, i, row):
+        if not self.table:
+            return super().clip(i, row)
+        cell = self.table[int(i)][self.column]
+        return cell["bytes"] or cell["path"], None, None, row["audio"]
 
-def meld(root, split):
-    """ROOT/SPLIT_sent_emo.csv and ROOT/train_splits, dev_splits_complete,
-    output_repeated_splits_test (or both in ROOT/SPLIT), and beside each of their .mp4 its sound:
-    ffmpeg -i dia0_utt0.mp4 dia0_utt0.wav"""
-    emotions = ["neutral", "joy", "sadness", "anger", "surprise", "fear", "disgust"]
-    folder = {"train": "train_splits", "dev": "dev_splits_complete",
-              "test": "output_repeated_splits_test"}[split]
-    folder = first_of(f"{root}/{folder}", f"{root}/{split}/{folder}")
-    table = first_of(f"{root}/{split}_sent_emo.csv", f"{root}/{split}/{split}_sent_emo.csv")
-    for cells in read_table(table):
-        name = f"dia{cells['Dialogue_ID']}_utt{cells['Utterance_ID']}.wav"
-        yield dict(task="emotion", response=cells["Emotion"], choices=emotions,
-                   audio=f"{folder}/{name}")
-
-
-def librisqa(root, split):
-    """ROOT/LibriSQA-PartI/LibriSQA-PartI-train.json and the like, and LibriSpeech's train-clean-360
-    and test-clean in ROOT/LibriSpeech"""
-    part, kind = split.split("-")
-    folder = f"{root}/LibriSpeech/{'train-clean-360' if kind == 'train' else 'test-clean'}"
-    options = "".join(rf"\s+{letter}[.):]\s*(.*?)" for letter in "ABCD")
-    for item in json_items(f"{root}/LibriSQA-{part}/LibriSQA-{split}.json"):
-        name = os.path.splitext(os.path.basename(item["speech_path"]))[0]
-        speaker_and_chapter = "/".join(name.split("-")[:2])    # the name: SPEAKER-CHAPTER-NUMBER
-        row = dict(audio=f"{folder}/{speaker_and_chapter}/{name}.flac",
-                   more={"seconds": round(float(item["duration"]), 3)})
-        if part == "PartI":
-            yield row | dict(task="qa", question=item["question"], response=item["answer"])
-            continue
-        parts = re.match(rf"(.*\S){options}\s*$", item["question_and_option"], re.S)
-        if not parts:
-            yield "without options A to D and the letter of one"
-            continue
-        question, *choices = (" ".join(part.split()) for part in parts.groups())
-        # Their order stays: some say "all of the above".
-        yield row | dict(task="mcq", question=question, choices=choices,
-                         response=item["answer"].strip()[:1])
-
-
-def switchboard(root, split):
-    """ROOT/reference/hub5e00.english.000405.stm and a wav for each side, ROOT/wav/sw_4390-A.wav
-    (of the makers' sph: sph2pipe -f wav -p -c 1); SPLIT is eval2000 or its half swbd or callhome"""
-    starts = {"eval2000": ("sw_", "en_"), "swbd": "sw_", "callhome": "en_"}[split]
-    for line in open(f"{root}/reference/hub5e00.english.000405.stm", encoding="latin-1"):
-        if not line.startswith(starts):
-            continue
-        if "IGNORE_TIME_SEGMENT" in line:
-            yield "not to be scored"
-            continue
-        name, side, speaker, start, end, _, *words = line.split()
-        start, end = float(start), float(end)
-        # Without hesitations and fragments, which stand in parentheses and are not scored.
-        text = re.sub(r"\(+[^()]*\)+|<\w+>", " ", " ".join(words)).lower()
-        yield dict(task="asr", response=" ".join(text.split()),
-                   audio=f"{root}/wav/{name}-{side}.wav",
-                   more={"start": start, "end": end, "seconds": round(end - start, 3),
-                         "speaker": speaker})
-
-
-def vocalsound(root, split):
-    """ROOT/datafiles/SPLIT.json (tr, val, te) with data, wav, and audio in ROOT/audio_16k or
-    ROOT/audio_44k: f0003_0_cough.wav"""
-    sounds = ["laughter", "sigh", "cough", "throat clearing", "sneeze", "sniff"]
-    for item in json_items(f"{root}/datafiles/{split}.json"):
-        name = os.path.basename(item["wav"])
-        speaker, _, sound = os.path.splitext(name)[0].split("_")
-        yield dict(task="vocal_sound", response=sound.replace("throatc", "throat c"), choices=sounds,
-                   audio=[f"{root}/audio_16k/{name}", f"{root}/audio_44k/{name}"],
-                   more={"speaker": speaker})
-
-
-def gtzan(root, split):
-    """ROOT/genres/GENRE/GENRE.00000.wav (or .au), or the same in ROOT/genres_original"""
-    genres = ["blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae",
-              "rock"]
-    folder = first_of(f"{root}/genres", f"{root}/genres_original")
-    for genre in genres:
-        for path in sorted(listing(f"{folder}/{genre}").values()):
-            yield dict(task="genre", response=genre, choices=genres, audio=path)
-
-
-def muchomusic(root, split):
-    """ROOT/data/muchomusic.csv, and audio where the makers' scripts look for it:
-    ROOT/data/sdd/audio/00/415600.2min.mp3, ROOT/data/musiccaps/audio/[YTID]-[30-40].wav; a row has
-    instrument_family where music_knowledge names instrumentation and the answer one family"""
-    clips = f"{root}/data/musiccaps/audio"
-    for cells in read_table(f"{root}/data/muchomusic.csv"):
-        name = cells["dataset_identifier"].removesuffix(".json")
-        start = f"[{name.rpartition('_')[0]}]-["
-        audio = [path for clip, path in listing(clips).items() if clip.startswith(start)]
-        if cells["dataset"] == "sdd":
-            audio = f"{root}/data/sdd/audio/{int(name) % 100:02}/{name}.2min.mp3"
-        answer = cells["correct_answer"]
-        choices = [answer, *(cells[f"distractor_{k}_answer"] for k in (1, 2, 3))]
-        choices.sort(key=lambda choice: digest(name, cells["question"], choice))
-
-        keys = ("dataset", "genre", "music_knowledge", "music_reasoning")
-        more = {key: cells[key] for key in keys}
-        families = [family for family, names in SHIPPED["instrument_families"].items()
-                    if re.search(rf"\b({names})s?\b", answer, re.I)]
-        if "instrument" in more["music_knowledge"].lower() and len(families) == 1:
-            more["instrument_family"] = families[0]
-        yield dict(task="mcq", response=answer, audio=audio or f"{clips}/{start}", choices=choices,
-                   question=cells["question"], more=more,
-                   choice_prompt=SHIPPED["tables"]["mmau"]["choice_prompt"])
-
-
-CORPORA = {    # name: (corpus, the splits to train on, of a benchmark those to score)
-    "librispeech": (librispeech, ["train-clean-100", "train-clean-360", "train-other-500"]),
-    "gigaspeech": (gigaspeech, ["XL"]),
-    "switchboard": (switchboard, ["eval2000"]),
-    "iemocap": (iemocap, ["train"]),
-    "iemocap_qa": (iemocap_qa, ["train"]),
-    "meld": (meld, ["train"]),
-    "librisqa": (librisqa, ["PartI-train", "PartII-train"]),
-    "librisqa_part1": (librisqa, ["PartI-train"]),
-    "librisqa_part2": (librisqa, ["PartII-train"]),
-    "vocalsound": (vocalsound, ["te"]),
-    "gtzan": (gtzan, ["all"]),
-    "muchomusic": (muchomusic, ["all"]),
-}
-for name, entry in SHIPPED["tables"].items():
-    splits = entry.pop("splits")
-    CORPORA[name] = (functools.partial(from_table, **entry), splits)
+    @property
+    def about(self):
+        return f"{self.paths[0]}: {super().about}; from {self.origin}"
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line
+# The command line. What can be converted yields arguments of make_rows, or why there is no row.
 
-def layout_of(corpus):
+def layout_of(name):
     """Where the files of a corpus have to lie, in words."""
-    if not isinstance(corpus, functools.partial):
-        return " ".join(corpus.__doc__.split())
-    entry = corpus.keywords
-    texts = " or ".join(f"ROOT/{name}" for name in as_list(entry["table"]))
-    audio = " or ".join(f"ROOT/{place}" for place in as_list(entry.get("audio", ())))
-    return f"{texts} with {entry['response']}, audio {audio or 'none'}"
+    table, audio = (" or ".join(f"ROOT/{place}" for place in as_list(CORPORA[name].get(key)))
+                    for key in ("table", "audio"))
+    return f"{name} has to lie as {table}, audio {audio or 'none'}{CORPORA[name].get('about', '')}"
 
 
-def any_table(root, split, args):
-    """Rows of the table of the flags, which name its columns."""
-    if args.choices and not args.prompt:
-        raise InputError("--choices needs --prompt, the column with the questions")
-    if not args.prompt and (not args.audio or any("{}" in text for text in WORDINGS[args.task])):
-        raise InputError("give --prompt, the column with the questions; or --audio and a --task "
-                         "with prompts of ours, such as asr or caption")
-    for cells in read_table(os.path.abspath(args.root)):
-        texts = [cells[name] for name in (args.response, args.prompt, args.audio) if name]
+def any_corpus(args):
+    for split in args.split or CORPORA[args.name]["splits"]:
+        for found in corpus_items(args.name, args.root, split):
+            yield found if isinstance(found, str) else (CORPORA[args.name], found, args.root)
+
+
+def any_table(args):
+    """The flags name the columns."""
+    labels = {}
+    if args.name == "hub":
+        table = open_dataset(args.root, args.config, *args.split or [None])
+        labels = {name: kind.names for name, kind in table.features.items()
+                  if hasattr(kind, "names")}    # stored as numbers
+        os.makedirs(args.clips, exist_ok=True)
+    else:
+        table = read_table(args.root)
+    for i, cells in enumerate(table):
+        prompt = args.prompt or ("prompt" if "prompt" in cells and not args.question else None)
+        audio = args.audio or ("audio" if "audio" in cells else None)
+        if not prompt and not args.question and (
+                args.choices or not audio or any("{}" in text for text in WORDINGS[args.task])):
+            raise InputError("give --prompt COLUMN or --question TEXT; or --audio COLUMN and a "
+                             "--task with prompts of ours, such as asr or caption")
+        cells |= {name: names[cells[name]] for name, names in labels.items()}
+        texts = {"response": cells[args.response],
+                 "question": cells[prompt] if prompt else (args.question or "").format_map(cells)}
+        clip = cells[audio] if audio else None
         if None in cells:    # where csv puts cells beyond the header's
             yield "with more cells than columns (quote text with commas)"
-        elif any(isinstance(text, (list, dict)) for text in texts):
-            yield "with a list or an object where a text belongs"
+        elif any(isinstance(text, (list, dict, type(None))) for text in texts.values()):
+            yield "with no text where one belongs"
         else:
-            yield dict(task=args.task, response=str(cells[args.response]),
-                       audio=f"{root}/{cells[args.audio]}" if args.audio else (),
-                       question=str(cells[args.prompt]) if args.prompt else "",
-                       wordings=["{}"] if args.prompt else (),
-                       choices=cells[args.choices] if args.choices else None,
-                       more={name: cells[name] for name in args.keep})
+            if isinstance(clip, dict) and clip["bytes"]:    # of a data set; written as it is stored
+                ending = os.path.splitext(clip["path"] or "")[1]
+                path = f"{args.clips}/{i:07}{ending or '.' + Sound(clip['bytes']).format.lower()}"
+                with open(path, "wb") as file:
+                    file.write(clip["bytes"])
+                clip = {"path": os.path.abspath(path)}
+            kept = {f"{name}_" if name in {*KINDS, *LOADED_KEYS} else name: cells[name]
+                    for name in args.keep}
+            spec = {"task": args.task, "response": "{response}", "choices": args.choices,
+                    "wordings": ["{}"] if texts["question"] else None, "question": "{question}",
+                    "audio": audio and "{clip}", "keep": {name: f"{{{name}}}" for name in kept}}
+            texts["clip"] = clip["path"] if isinstance(clip, dict) else clip
+            yield spec, cells | kept | texts, os.path.dirname(args.root)
 
 
-def any_messages(root, split, args):
-    """Conversations of one question about one clip at most and one answer: "messages" or
-    "conversations" of texts, "query" and "response", or "instruction", "input" and "output", and
-    "audios" beside them"""
-    for item in json_items(os.path.abspath(args.root)):
-        turns = item.get("messages") or item.get("conversations") or []
-        texts = [str(turn.get("content") or turn.get("value")) for turn in turns] or [
-            item.get("query") or f"{item.get('instruction')}\n{item.get('input')}",
-            item.get("response") or item.get("output")]
-        clips = item.get("audios") or item.get("audio") or []
-        clips = as_list(clips)
-        if len(texts) != 2 or len(clips) > 1 or item.get("system") or item.get("history"):
-            yield "not of one question about one clip at most and one answer"
+CLIP_KEYS = ("audios", "audio", "sounds", "sound", "audio_url", "path", "url")
+MARK = re.compile(r"<\|?(?:audio|sound|speech|music|voice)\w*\|?>", re.I)    # of a clip in a text
+
+
+def text_and_clips(value):
+    """A turn of a conversation, a text or a list of parts -> (text, [paths])."""
+    parts = [{"text": value}] if isinstance(value, str) else value or []
+    clips = [part.get(key) for part in parts for key in CLIP_KEYS]
+    return "\n".join(part.get("text", "") for part in parts), list(filter(None, clips))
+
+
+def any_messages(args):
+    """Conversations: "messages" or "conversations", "query" and "response", or "instruction",
+    "input" and "output"; the clip under one of CLIP_KEYS, or a part of the question."""
+    for item in read_table(args.root):
+        turns = item.get("messages") or item.get("conversations") or [
+            {"value": item.get("query") or f"{item.get('instruction')}\n{item.get('input')}"},
+            {"value": item.get("response") or item.get("output")}]
+        if len(turns) != 2 or item.get("system") or item.get("history"):
+            yield "not of one question and one answer"
             continue
-        yield dict(task=args.task, response=texts[1], question=texts[0].replace("<audio>", ""),
-                   wordings=["{}"], audio=[os.path.join(root, clip) for clip in clips])
+        (question, parts), (answer, answered) = (
+            text_and_clips(turn.get("content") or turn.get("value")) for turn in turns)
+        given = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or parts
+        other = [key for key, value in item.items() if str(value).lower().endswith(SOUNDS)]
+        if answered or MARK.search(answer):
+            yield "with a clip in the answer"
+        elif len(given) > 1 or len(MARK.findall(question)) > 1:
+            yield "with several clips"
+        elif not given and (other or MARK.search(question)):
+            yield f"with a clip under '{''.join(other[:1])}', not 'audio'"
+        else:
+            spec = {"task": args.task, "question": "{q}", "response": "{a}", "wordings": ["{}"]}
+            cells = {"q": MARK.sub("", question), "a": answer, "clip": "".join(given)}
+            yield spec | {"audio": given and "{clip}"}, cells, os.path.dirname(args.root)
+
+
+ANY = {"csv": any_table, "json": any_table, "hub": any_table, "messages": any_messages}
 
 
 def pitch_class_of(row):
     """The pitch class with most notes in a clip by basic-pitch: the sum over time of its note
     posteriorgram where that is above 0.5. None without a note. Raises InputError."""
-    from experts import load
-    teacher = load("pitch")
+    expert = load("pitch")
     wave, rate = read_audio(row["audio"], row.get("start"), row.get("end"))
-    _, notes, _ = teacher.notes(at_rate(wave, rate, teacher.sample_rate))    # (F, 88) from A0
+    notes = expert.notes(at_rate(wave, rate, expert.sample_rate))    # (F, 88) from A0
     strengths = torch.where(notes > 0.5, notes, 0).sum(0)
     by_class = torch.zeros(12).index_add(0, (torch.arange(88) + 9) % 12, strengths)
     return PITCH_CLASSES[by_class.argmax()] if by_class.any() else None
@@ -1025,69 +1125,47 @@ def pitch_class_of(row):
 
 def convert(args):
     """Rows to stdout; to stderr how many, and how many were left out and why."""
-    root = os.path.abspath(args.root)
-    if args.name in ANY_FILE:
-        corpus = functools.partial(ANY_FILE[args.name], args=args)
-        splits, layout = ["all"], " ".join(ANY_FILE[args.name].__doc__.split())
-        root = os.path.dirname(root)    # the audio lies relative to the table
-        if not os.path.isfile(args.root):
-            raise InputError(f"no file '{args.root}'; give the table itself")
-    else:
-        corpus, splits = CORPORA[args.name]
-        layout = f"{args.name} has to lie as {layout_of(corpus)}"
-    if args.split and splits == ["all"]:
-        raise InputError(f"{args.name} has no splits; leave --split out; {layout}")
     written = 0
     left_out = Counter()
+    if args.name != "hub":
+        args.root = os.path.abspath(args.root)
     try:
-        for split in args.split or splits:
-            for found in corpus(root, split):
-                try:
-                    if isinstance(found, str):
-                        raise LeftOut(found)
-                    row = make_row(**found)
+        for found in ANY.get(args.name, any_corpus)(args):
+            try:
+                if isinstance(found, str):
+                    raise LeftOut(found)
+                for row in make_rows(*found):
                     if args.pitch_class:
                         row["pitch_class"] = pitch_class_of(row)
                     line = json.dumps(row, ensure_ascii=False)
                     parse_row(line.encode(), "that training would refuse")
-                except (LeftOut, InputError, UnicodeError) as e:
-                    left_out[str(e)] += 1
-                else:
                     print(line)
                     written += 1
-    except (OSError, LookupError, ValueError, TypeError, csv.Error) as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"'{args.root}': {type(e).__name__} {e}; {layout}") from e
+            except (LeftOut, InputError, UnicodeError) as e:
+                left_out[str(e)] += 1
+    except LookupError as e:
+        raise InputError(f"'{args.root}' has no column {e}") from e
     reasons = "".join(f", {n} {reason}" for reason, n in left_out.most_common())
     print(f"{args.name}: {written} rows, {left_out.total()} left out{reasons}", file=sys.stderr)
     if not written:
-        raise InputError(f"no rows in '{args.root}'; {layout}")
-
-
-ANY_FILE = {"csv": any_table, "json": any_table, "messages": any_messages}
+        raise InputError(f"no rows in '{args.root}'")
 
 
 def check(args):
-    """Prints what a manifest or mixture holds, and what training would skip -> whether any."""
+    """Prints what a source holds, and what training would skip -> whether any."""
     source = open_source(args.path)
-    if not source.files:
-        raise InputError(f"'{args.path}' has no file; give rows.jsonl or mixture.json")
     skipped = dict(source.skipped)
-    rates = {expert.sample_rate for expert in EXPERTS.values()}
+    rates = {expert.sample_rate for expert in EXPERTS.values()} - {None}
     spec = load_coat("tiny").spec
     for i in set(range(len(source))) - set(skipped) if not args.quick else ():
         _, problems = collate([Rows(source)[i]], spec, rates)
         skipped |= {i: problem for problem in problems}
-    tasks = ", ".join(f"{n} {task}" for task, n in source.tasks.items())
-    print(f"{len(source)} rows, {source.lengths.sum() / 3600:.3f} h, {tasks}")
+    print(source.about)
     print(f"{len(skipped)} would be skipped{', by headers and stated lengths' * args.quick}")
     for i, problem in sorted(skipped.items())[:20]:
-        k = np.searchsorted(source.first, i, side="right") - 1
-        print(f"  {source.paths[k]}, row {i - source.first[k]}: {problem}")
+        print("  {}, row {}: {}".format(*source.where(i), problem))
     if isinstance(source, Mixture):
-        print(f"a stage of {source.stage_rows} rows:")
-        print("\n".join(source.report(source.stage_rows)))
+        print(f"a stage of {source.stage_rows} rows:", *source.report(source.stage_rows), sep="\n")
     return bool(skipped)
 
 
@@ -1095,27 +1173,30 @@ def parse_flags():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("check", help="what a manifest or a mixture holds")
+    p = commands.add_parser("check", help="what rows, a mixture or a benchmark hold")
     p.set_defaults(run=check)
-    p.add_argument("path", help="rows.jsonl or mixture.json")
+    p.add_argument("path", help="rows.jsonl, mixture.json, or a benchmark")
     p.add_argument("--quick", action="store_true", help="believe headers, decode nothing")
 
-    layouts = "\n".join(f"{name}: {layout_of(corpus)}" for name, (corpus, _) in CORPORA.items())
-    p = commands.add_parser("convert", help="the rows of a corpus or benchmark",
-                            formatter_class=raw, epilog=layouts)
+    p = commands.add_parser("convert", help="the rows of a corpus or data set", formatter_class=raw,
+                            epilog="\n".join(map(layout_of, CORPORA)))
     p.set_defaults(run=convert)
     add = p.add_argument
-    add("name", choices=[*CORPORA, *ANY_FILE], metavar="NAME", help="see below; csv, json: any "
-        "table; messages: conversations")
-    add("root", metavar="ROOT", help="the folder of the corpus; for csv, json, messages the file")
-    add("--split", nargs="+", help="instead of those to train on or to score")
+    add("name", choices=[*CORPORA, *ANY], metavar="NAME", help="see below; csv, json: any table; "
+        "messages: conversations; hub: any data set of the hub, save_to_disk or parquet")
+    add("root", metavar="ROOT", help="folder of the corpus; the file; the name of the data set")
+    add("--split", nargs="+", help="instead of those to train on")
     add("--pitch-class", action="store_true", help="add each clip's dominant pitch class")
-    add("--audio", help="csv, json: the column with audio files (none: text only)")
-    add("--prompt", help="csv, json: with prompts (none: our wordings of a --task such as asr)")
-    add("--response", default="response", help="csv, json: with responses (%(default)s)")
-    add("--choices", help='csv, json: with choices, "a|b|c" or a list')
-    add("--keep", nargs="+", default=[], metavar="COLUMN", help="csv, json: further keys")
-    add("--task", default="qa", choices=[t for t in WORDINGS if t not in CLASSES])
+    add("--audio", help="csv, json, hub: column with the clips (audio, if there; none: text only)")
+    add("--prompt", help="column with the questions (prompt, if there)")
+    add("--question", help='instead: one for all rows; may name columns, "Is it {name}?"')
+    add("--response", default="response", help="column with the answers (%(default)s)")
+    add("--choices", help='column with choices, "a|b|c" or a list')
+    add("--keep", nargs="+", default=[], metavar="COLUMN", help="further keys of the rows")
+    add("--task", default="qa", choices=[task for task in WORDINGS if task not in CLASSES],
+        help="of the rows; without questions of yours, of our prompts (%(default)s)")
+    add("--config", help="hub: configuration of the data set")
+    add("--clips", default="clips", metavar="FOLDER", help="hub: for the clips (%(default)s)")
     return parser.parse_args()
 
 

@@ -32,7 +32,7 @@ from huggingface_hub.utils import http_backoff
 
 from data import (Rows, collate, fingerprint, open_source, parse_row, read_audio, expert_targets,
                   to_device, usable_rows)
-from experts import EXPERTS, ExpertUnavailable, load_experts
+from experts import EXPERTS, load_experts
 from heads import heads_for
 from model import (ASSETS, BACKBONES, COUNT, WORKERS, InputError, TooLong,
                    checkpoint_steps, latest_checkpoint, load_coat, load_text_think, one_line_errors, pad_rows, read_json,
@@ -876,7 +876,7 @@ def build_parser():
 
 
 def main():
-    one_line_errors(ExpertUnavailable, less_memory="--batch 1")
+    one_line_errors(RuntimeError, less_memory="--batch 1")
     args = build_parser().parse_args()
     args.run(args)
 
