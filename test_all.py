@@ -30,7 +30,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import unittest.mock
 import warnings
 import zlib
@@ -38,7 +37,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jiwer
 import numpy as np
@@ -108,14 +106,16 @@ def test_block_has_L_a_plus_2_ids_from_a_tenth_of_a_second_to_two_minutes(coat):
 
 def test_thinking_lengthens_the_one_prefill_and_adds_no_decode_step(coat):
     """The claim of section 3.2: the block is consumed in the prefill."""
-    prompts = {}
-    for think in (True, False):
-        batch = build_inputs(coat, [noise(2.0)], ["?"], think=think)
-        prompts[think] = batch["input_ids"].shape[1]
-        with watched(coat) as calls:
-            assert greedy(coat, batch, 7).shape == (1, 7)
-        assert calls == ["audio tower", prompts[think], 1, 1, 1, 1, 1, 1]
-    assert prompts[True] == prompts[False] + 50 + 2
+    inner = coat.hf.model
+    for think, block in ((True, 50 + 2), (False, 0)):
+        calls = []
+        with (inner.audio_tower.register_forward_pre_hook(lambda *args: calls.append("tower")),
+              inner.language_model.register_forward_pre_hook(
+                  lambda module, args, inputs: calls.append(inputs["inputs_embeds"].shape[1]),
+                  with_kwargs=True)):
+            greedy(coat, build_inputs(coat, [noise(2.0)], ["?"], think=think), 7)
+        prompt = build_inputs(coat, [noise(2.0)], ["?"], think=False)["input_ids"].shape[1]
+        assert calls == ["tower", prompt + block, 1, 1, 1, 1, 1, 1]
 
 
 def test_cross_entropy_is_transformers_loss_over_the_response_alone(coat, rows):
@@ -3789,48 +3789,41 @@ def test_damaged_checkpoint_is_refused_in_one_line(short_run, name, content):
 # their real windows, random weights of next to no width, and a byte-level tokenizer.
 
 QWEN_TOKENS = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
-BEFORE_5 = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
-            "model.": ""}
-OF_THE_THINKER = {"model.language_model.": "thinker.model.", "lm_head.": "thinker.lm_head.",
-                  "model.": "thinker."}
-# Special tokens; rows of the table that none uses; seconds of the feature extractor; how names
-# begin in the model and in the files, of which the first that fits counts.
-LAYOUTS = {
-    "qwen2-audio": (QWEN_TOKENS, 20, 30, BEFORE_5),
-    "qwen2.5-omni": (QWEN_TOKENS, 20, 300, OF_THE_THINKER),
-    "audio-flamingo-3": (["<sound>", "[BOS]", "[PAD]"], 0, 30, BEFORE_5),
+LAYOUTS = {    # special tokens, rows of the table that none uses, seconds of the feature extractor
+    "qwen2-audio": (QWEN_TOKENS, 20, 30),
+    "qwen2.5-omni": (QWEN_TOKENS, 20, 300),
+    "audio-flamingo-3": (["<sound>", "[BOS]", "[PAD]"], 0, 30),
 }
+NARROW = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+              num_key_value_heads=1, max_position_embeddings=8192, initializer_range=64 ** -0.5)
+TOWER = dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64)
 
 
-def tiny_tokenizer(folder, tokens=(), pad="<|im_end|>", **named):
+def tiny_tokenizer(folder, tokens=(), pad="<|im_end|>"):
     """Writes a tokenizer of bytes and these tokens -> its ids."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *tokens]
     vocab = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()) + special)}
+    named = ("audio_token", "audio_bos_token", "audio_eos_token")
     transformers.Qwen2Tokenizer(
         vocab=vocab, merges=[], extra_special_tokens=special[1:], pad_token=pad,
-        model_specific_special_tokens=named).save_pretrained(folder)
+        model_specific_special_tokens=dict(zip(named, tokens)) if tokens == QWEN_TOKENS else {},
+    ).save_pretrained(folder)
     return vocab
 
 
 def tiny_hub(name, folder):
     """Writes config, weights, tokenizer, feature extractor and chat template of a backbone."""
-    tokens, spare, seconds, renames = LAYOUTS[name]
-    named = {}
-    if tokens == QWEN_TOKENS:
-        named = dict(zip(("audio_token", "audio_bos_token", "audio_eos_token"), tokens))
-    vocab = tiny_tokenizer(folder, tokens, "<|endoftext|>" if named else "[PAD]", **named)
+    tokens, spare, seconds = LAYOUTS[name]
+    pad = "<|endoftext|>" if tokens == QWEN_TOKENS else "[PAD]"
+    vocab = tiny_tokenizer(folder, tokens, pad)
     transformers.WhisperFeatureExtractor(
         feature_size=128, chunk_length=seconds, return_attention_mask=True).save_pretrained(folder)
     if name != "qwen2-audio":    # whose template is in its class
         template = model.TEMPLATE.replace("AUDIO_MARKS", MARKS[name])
         write_json(folder / "chat_template.json", {"chat_template": template})
 
-    model_class = BACKBONES[name].model_class
-    text = dict(vocab_size=len(vocab) + spare, hidden_size=64, intermediate_size=128,
-                num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                max_position_embeddings=8192, initializer_range=64 ** -0.5, pad_token_id=None)
-    audio = dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
-                 initializer_range=128 ** -0.5)
+    text = NARROW | {"vocab_size": len(vocab) + spare, "pad_token_id": None}
+    audio = TOWER | {"initializer_range": 128 ** -0.5}
     more = {}
     if name == "qwen2.5-omni":
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6,
@@ -3838,24 +3831,20 @@ def tiny_hub(name, folder):
         audio["output_dim"] = 64
         more = {"initializer_range": 64 ** -0.5, "vision_config": {
             "depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64}}
+    model_class = BACKBONES[name].model_class
     config = model_class.config_class(text_config=text, audio_config=audio, **more)
     config.audio_token_id = vocab[tokens[0]]
     config.vision_start_token_id = 3    # a field of Omni's published config, not of the class
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = model_class(config).state_dict()
-    published = {}
-    for key, value in weights.items():
-        begin = next(begin for begin in renames if key.startswith(begin))
-        published[renames[begin] + key[len(begin):]] = value.contiguous()
-    config = config.to_dict() | {"architectures": [model_class.__name__]}
-    if name == "qwen2.5-omni":
-        config = {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni",
-                  "thinker_config": config}
-        published["talker.model.norm.weight"] = torch.ones(8)
-        published["token2wav.code2wav_bigvgan_model.x"] = torch.ones(8)
-    write_json(folder / "config.json", config)
-    safetensors.torch.save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(folder)    # by the names of the published files
+    if name == "qwen2.5-omni":    # the published folder is that of the full model
+        path = folder / "model.safetensors"
+        weights = safetensors.torch.load_file(path) | {"talker.model.norm.weight": torch.ones(8)}
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+        with edited_json(folder / "config.json") as full:
+            thinker = dict(full)
+            full.clear()
+            full |= {"model_type": "qwen2_5_omni", "thinker_config": thinker}
 
 
 def tiny_parts(folder):
@@ -3863,16 +3852,14 @@ def tiny_parts(folder):
     rows, for docs/compose.py."""
     torch.manual_seed(0)
     transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
-        d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
-        decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=64,
+        **TOWER, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=64,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
         init_std=32 ** -0.5)).save_pretrained(folder / "whisper")
     transformers.WhisperFeatureExtractor(feature_size=80).save_pretrained(folder / "whisper")
     vocab = tiny_tokenizer(folder / "llama")
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(vocab), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        max_position_embeddings=8192, num_attention_heads=2, num_key_value_heads=1,
-        initializer_range=64 ** -0.5, tie_word_embeddings=True)).save_pretrained(folder / "llama")
+        **NARROW, vocab_size=len(vocab), tie_word_embeddings=True,
+    )).save_pretrained(folder / "llama")
 
 
 @pytest.fixture(scope="session")
@@ -3960,21 +3947,6 @@ def run_card(folder, clip, question):
 def last_logits(coat, batch):
     """(B, V) after the prompt."""
     return coat.hf.lm_head(coat.states(batch)[0][:, -1])
-
-
-@contextlib.contextmanager
-def watched(coat):
-    """A list that grows by "audio tower", and by the length of each input to the language model."""
-    calls = []
-    inner = coat.hf.model
-    hooks = [
-        inner.audio_tower.register_forward_pre_hook(lambda *args: calls.append("audio tower")),
-        inner.language_model.register_forward_pre_hook(
-            lambda module, args, inputs: calls.append(inputs["inputs_embeds"].shape[1]),
-            with_kwargs=True)]
-    yield calls
-    for hook in hooks:
-        hook.remove()
 
 
 # --------------------------------------------------------------------------------------------------
