@@ -322,14 +322,7 @@ def test_without_the_block_there_are_no_thinking_states_but_for_the_control(
     assert torch.equal(control.think_states[control.valid], h[batch["audio_mask"]])
 
 
-def test_two_clips_give_different_logits_for_the_same_ids(coat):
-    first = build_inputs(coat, [noise(1.0, 1)], ["Which?"])
-    second = build_inputs(coat, [noise(1.0, 2)], ["Which?"])
-    assert torch.equal(first["input_ids"], second["input_ids"])
-    assert (last_logits(coat, first) - last_logits(coat, second)).abs().max() > 1e-2
-
-
-def test_bf16_trains_as_fp32_does(coat, hub):
+def test_bf16_trains_as_fp32_does_and_merges_with_one_rounding(coat, hub):
     rows = [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"], ["yes", "no", "so"]
     with torch.no_grad():
         want = coat(build_inputs(coat, *rows))
@@ -342,6 +335,13 @@ def test_bf16_trains_as_fp32_does(coat, hub):
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
         assert not p.requires_grad or p.grad.isfinite().all()
     assert_close(out.ce_sum, want.ce_sum, rtol=0.05, atol=0.1)
+
+    layer = next(m for m in low.hf.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    merged = layer.base_layer.weight.float() + layer.get_delta_weight("default")
+    low.merge()
+    assert torch.equal(layer.base_layer.weight, merged.bfloat16())
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert greedy(low, batch, 3).shape == (3, 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -515,17 +515,6 @@ def test_batch_in_plain_transformers_says_what_each_clip_gets_alone(coat, writte
     ids = merged.hf.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1]:]
     said = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
     assert said == [merged.answer(wave, 16000, "Which?", 6) for wave in waves]
-
-
-def test_merged_bf16_is_bf16_throughout_and_each_weight_is_rounded_once(coat, hub):
-    low = loaded(coat.where, hub, dtype=torch.bfloat16)
-    layer = next(m for m in low.hf.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
-    merged = layer.base_layer.weight.float() + layer.get_delta_weight("default")
-    low.merge()
-    assert torch.equal(layer.base_layer.weight, merged.bfloat16())
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
-    batch = build_inputs(low, [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"])
-    assert greedy(low, batch, 3).shape == (3, 3)
 
 
 def test_omni_is_loaded_without_its_vision_blocks_and_talker(hub):
@@ -3147,21 +3136,16 @@ def test_column_that_a_table_has_not_is_named(table, capsys):
     ("config.json", {"model_type": "bert"}, "config.json is that of 'bert'"),
     ("config.json", {"text_config": None}, "part of its config is null"),
     ("config.json", {"quantization_config": {"load_in_4bit": True}}, "quantised"),
-    ("config.json", {"text_config": {"num_hidden_layers": 3, "layer_types": None}},
-     "12 tensors are missing"),
     ("config.json", {"text_config": {"intermediate_size": 96}}, "6 tensors are missing"),
     ("config.json", b"\xff\0", "not a valid JSON"), ("tokenizer.json", b"[]", "TypeError"),
     ("chat_template.jinja", b"{{ messages[0].role }}", "number of audio inputs"),
-    ("model.safetensors", b"<html>" * 99, "SafetensorError"),
-    ("model.safetensors", 10000, "incomplete")])
+    ("model.safetensors", b"<html>" * 99, "SafetensorError")])
 def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, content, words):
-    """None: it is not there. A dict: what changes in it. A number: where it is cut."""
+    """None: it is not there. A dict: what changes in it."""
     folder = tmp_path / "model"
     shutil.copytree(hub["qwen2-audio"][1], folder)
     if content is None:
         os.remove(folder / file)
-    elif isinstance(content, int):
-        os.truncate(folder / file, content)
     elif isinstance(content, bytes):
         write(folder / file, content)
     else:
@@ -3214,8 +3198,7 @@ def test_library_that_does_not_import_is_one_line(package, code, words, tmp_path
 
 def test_transformers_that_is_too_old_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(model.transformers, "__version__", "5.9.1")
-    line = "^error: transformers 5.9.1 is too old; pip install -U 'transformers>=5.23'$"
-    with pytest.raises(SystemExit, match=line):
+    with pytest.raises(SystemExit, match="^error: transformers 5.9.1 is too old; pip install"):
         runpy.run_path(str(HERE / "model.py"))
 
 
