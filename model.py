@@ -14,6 +14,7 @@ pad pad <system, user: .. AUDIO*L_a .. question> <assistant header> start THINK*
 """
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
@@ -62,7 +63,7 @@ def one_line_errors(*kinds, less_memory="a smaller batch, or shorter clips"):
 
 
 # The programs import this file first, so that a library which is missing or broken is one line too.
-one_line_errors(ImportError, OSError, RuntimeError)
+one_line_errors(ImportError, OSError, RuntimeError, KeyboardInterrupt)
 
 import peft
 import torch
@@ -104,7 +105,7 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 
 
 # --------------------------------------------------------------------------------------------------
-# Backbones: a row of the table says what differs, the rest of the file is shared
+# Backbones: a row of the table says what differs
 
 # The blocks of Omni's vision tower are neither built nor read, see read_backbone.
 OmniThinker = transformers.Qwen2_5OmniThinkerForConditionalGeneration
@@ -112,7 +113,7 @@ OmniThinker._keys_to_ignore_on_load_unexpected = [r"\bvisual\.blocks\."]
 
 
 class Qwen2_5OmniProcessor(transformers.Qwen2_5OmniProcessor):
-    """Text and audio only: those for images and video need Pillow and torchvision."""
+    """Text and audio only; images and video would need Pillow and torchvision."""
 
     def __init__(self, feature_extractor=None, tokenizer=None, chat_template=None):
         skipped = super(transformers.Qwen2_5OmniProcessor, self)
@@ -150,7 +151,7 @@ BACKBONES = {
         model_types=("qwen2_audio",),
         audio_marks="Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n",
         text_config=dict(vocab_size=156032, intermediate_size=11008)),
-    # The checkpoint also holds a talker. Its extractor would pad every clip to 300 s.
+    # Its extractor would pad every clip to 300 s.
     "qwen2.5-omni": Backbone(
         hub_id="Qwen/Qwen2.5-Omni-7B", licence="apache-2.0",
         model_class=OmniThinker,
@@ -159,7 +160,7 @@ BACKBONES = {
         audio_marks="<|audio_bos|><|AUDIO|><|audio_eos|>",
         piece_seconds=MAX_SECONDS,
         audio_kwargs={"max_length": round(MAX_SECONDS * SAMPLE_RATE)}),
-    # The processor cuts its 30 s windows itself. It has its own thinking adapter and sentence.
+    # Its processor cuts 30 s windows itself.
     "audio-flamingo-3": Backbone(
         hub_id="nvidia/audio-flamingo-3-hf", licence="other (NVIDIA OneWay, non-commercial)",
         model_class=transformers.AudioFlamingo3ForConditionalGeneration,
@@ -353,8 +354,7 @@ class Output(NamedTuple):
 
 class CoAT(nn.Module):
     """A backbone with the thinking tokens. `lm`: a transformers model or a PeftModel around it.
-
-    think       whether its prompts have the block: it was, or is to be, trained with it"""
+    `think`: whether its prompts have the block."""
 
     def __init__(self, lm, processor, name, model_path, think_ids, think=True):
         super().__init__()
@@ -375,12 +375,12 @@ class CoAT(nn.Module):
 
     @property
     def hf(self):
-        """The transformers model: .model.audio_tower, .model.language_model, .lm_head"""
+        """The model of transformers."""
         return self.lm.get_base_model() if isinstance(self.lm, peft.PeftModel) else self.lm
 
     @property
     def spec(self):
-        """What build_inputs needs, without the weights (for data workers)."""
+        """What build_inputs needs, without weights (for data workers)."""
         names = "backbone processor think think_ids audio_id eos_ids special_tokens"
         return SimpleNamespace(**{name: getattr(self, name) for name in names.split()})
 
@@ -392,7 +392,7 @@ class CoAT(nn.Module):
 
     @property
     def decoder_weights(self):
-        """How many weights of the decoder layers a token meets, without the adapters."""
+        """How many weights of the decoder layers a token meets, without adapters."""
         layers = self.hf.model.language_model.layers
         return sum(p.numel() for name, p in layers.named_parameters() if "lora_" not in name)
 
@@ -408,8 +408,7 @@ class CoAT(nn.Module):
             layer.compile(dynamic=True)
 
     def states(self, batch, **kwargs):
-        """Final states (after the last norm) and the embeddings that went in, both (B, T, D);
-        kwargs go to the model."""
+        """Final states (after the last norm) and the embeddings that went in, both (B, T, D)."""
         dtype = self.hf.model.audio_tower.dtype    # not every class casts to it by itself
         audio = {name: value.to(dtype) if value.is_floating_point() else value
                  for name, value in batch["audio"].items()}
@@ -455,6 +454,11 @@ class CoAT(nn.Module):
         if self.suppressed_ids.is_cuda:
             kwargs = {"mode": "reduce-overhead"} | kwargs
         self.decode = torch.compile(self.decode, dynamic=True, fullgraph=True, **kwargs)
+        self.new_cache = functools.lru_cache(1)(self.new_cache)    # a graph is bound to its memory
+
+    def new_cache(self, B, n_slots):
+        """Room for the keys and values of n_slots tokens a row."""
+        return transformers.Cache([Slots(n_slots) for _ in self.hf.model.language_model.layers])
 
     @torch.inference_mode()
     def stream(self, batch, max_new_tokens=128, stop=True):
@@ -463,9 +467,10 @@ class CoAT(nn.Module):
         timing) rows never end. Raises InputError if the logits are no numbers."""
         batch = to_device(batch, self.hf.device)
         B, T = batch["input_ids"].shape
-        layers = self.hf.model.language_model.layers
-        cache = transformers.Cache([Slots(T + max_new_tokens) for _ in layers])
-        visible = F.pad(batch["attention_mask"].bool(), (0, max_new_tokens))    # (B, S)
+        n_slots = math.ceil((T + max_new_tokens) / 256) * 256    # few sizes
+        cache = self.new_cache(B, n_slots)
+        cache.reset()
+        visible = F.pad(batch["attention_mask"].bool(), (0, n_slots - T))    # (B, S)
         h, _ = self.states(batch, use_cache=True, **{CACHE: cache})
         logits = self.hf.lm_head(h[:, -1])
         if not logits.isfinite().all():
@@ -478,10 +483,10 @@ class CoAT(nn.Module):
             yield token
             if stop:
                 done |= torch.isin(token, eos)
-            if step == max_new_tokens - 1 or done.all():
+            if done.all() or step == max_new_tokens - 1:
                 return
             visible[:, T + step] = True
-            ids = self.decode(token, visible, cache).clone()    # a graph writes to one place
+            ids = self.decode(token, visible, cache).clone()    # before the graph writes again
 
     def generate(self, batch, max_new_tokens=128):
         """Greedy answers, one string a row."""
@@ -500,7 +505,7 @@ class CoAT(nn.Module):
         return self.generate(build_inputs(self, waves, question), max_new_tokens)
 
     def merge(self):
-        """Folds the adapter into the weights: the same function, without its cost at each step."""
+        """Folds the adapter into the weights: the same function, without its cost."""
         self.eval()    # ends checkpoint_activations, which would drop the cache
         for layer in self.hf.model.language_model.layers:
             layer._compiled_call_impl = None    # ends compile_layers
@@ -752,7 +757,7 @@ def load_adapter(lm, folder, name, trainable=False):
         lm = peft.PeftModel(lm, config)
         loaded = lm.load_adapter(folder, "default", is_trainable=trainable)
         wrong = [*loaded.missing_keys, *loaded.unexpected_keys]
-        if wrong:    # PeftModel.from_pretrained would only warn
+        if wrong:    # peft would only warn
             raise ValueError(f"it lacks, or has no place for, {wrong[0]}")
     return lm
 
@@ -834,7 +839,7 @@ def usable_device(device=None, name="tiny"):
 
 
 def saved_as(folder):
-    """What CoAT.save wrote of a folder: {"backbone", "model_path", "think"}. Raises InputError."""
+    """{"backbone", "model_path", "think"} as CoAT.save wrote it. Raises InputError."""
     return read_json(os.path.join(folder, "coat.json"))
 
 
@@ -845,8 +850,8 @@ def checkpoint_steps(run):
 
 
 def latest_checkpoint(run):
-    """The newest checkpoint-STEP folder of a run, or `run` itself if CoAT.save wrote it. Raises
-    InputError if there is none."""
+    """The newest checkpoint-STEP folder of a run, or `run` if CoAT.save wrote it. Raises
+    InputError."""
     if os.path.isfile(os.path.join(run, "coat.json")):
         return run
     steps = checkpoint_steps(run)
