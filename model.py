@@ -356,21 +356,22 @@ class CoAT(nn.Module):
     """A backbone with the thinking tokens. `lm`: a transformers model or a PeftModel around it.
     `think`: whether its prompts have the block."""
 
-    def __init__(self, lm, processor, name, model_path, think_ids, think=True):
+    def __init__(self, lm, processor, name, model_path, think=True):
         super().__init__()
         self.lm = lm
         self.processor = processor
         self.name = name
         self.model_path = model_path
-        self.think_ids = think_ids
         self.think = think
         self.backbone = BACKBONES[name]
-        tokenizer = processor.tokenizer
-        self.audio_id, *self.eos_ids = tokenizer.convert_tokens_to_ids(
-            [self.backbone.audio_token, *self.backbone.eos])
-        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        ids_of = processor.tokenizer.convert_tokens_to_ids
+        self.audio_id = ids_of(self.backbone.audio_token)
+        self.eos_ids = ids_of(list(self.backbone.eos))
+        self.think_ids = ids_of([THINK_START, THINK, THINK_END])
+        added = processor.tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]
         self.special_tokens = re.compile("|".join(map(re.escape, special)))
-        suppressed_ids = torch.tensor(think_ids, device=lm.device)
+        suppressed_ids = torch.tensor(self.think_ids, device=lm.device)
         self.register_buffer("suppressed_ids", suppressed_ids, persistent=False)
 
     @property
@@ -535,7 +536,7 @@ class CoAT(nn.Module):
         if self.name == "qwen2.5-omni":
             self.complete_omni(folder, is_adapter)
         template = self.processor.chat_template
-        if self.think:    # no server may forget the block
+        if self.think:
             self.processor.chat_template = template + read_asset("thinking_block.jinja")
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"    # for generation
@@ -628,7 +629,7 @@ def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype
         for module in lm.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False    # autocast does; an fp32 copy would stay
-    return CoAT(lm, processor, name, model_path, think_ids, think)
+    return CoAT(lm, processor, name, model_path, think)
 
 
 @contextlib.contextmanager
@@ -734,8 +735,7 @@ def build_random(name, device, dtype):
 
 
 def add_tokens(model, tokenizer, tokens=(THINK_START, THINK, THINK_END)):
-    """Adds tokens -> their ids. New rows start as the mean of the used ones, a merged folder has
-    them."""
+    """Adds tokens -> their ids. New rows start as the mean of the used ones."""
     used = len(tokenizer)
     added = [AddedToken(token, special=True, normalized=False) for token in tokens]
     n_new = tokenizer.add_tokens(added, special_tokens=True)
@@ -786,7 +786,7 @@ BEFORE_5 = {"language_model.model.": "model.language_model.", "audio_tower.": "m
 
 
 # --------------------------------------------------------------------------------------------------
-# What the programs share: files, flags, devices, folders of runs
+# What the programs share
 
 def read_asset(name):
     """The text of a file in assets/."""
