@@ -17,6 +17,7 @@ import contextlib
 import functools
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import re
@@ -34,7 +35,7 @@ class InputError(ValueError):
 
 
 class TooLong(InputError):
-    """A clip above MAX_SECONDS, which the paper skips in training and in scoring (appendix B)."""
+    """A clip above MAX_SECONDS, which training and scoring skip."""
 
 
 def one_line_errors(*kinds, less_memory="a smaller batch, or shorter clips"):
@@ -100,7 +101,8 @@ if TRANSFORMERS < (5, 23):
              "pip install -U 'transformers>=5.23'")
 CACHE = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"    # how models call it
 
-# peft 0.21 calls transformers by a name that is about to go; no user could do a thing.
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # no line for each retry
+# peft 0.21 calls transformers by a name that is about to go.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
@@ -450,8 +452,8 @@ class CoAT(nn.Module):
         return self.next_ids(self.hf.lm_head(out.last_hidden_state[:, -1]))
 
     def compile_decode(self, **kwargs):
-        """Fuses the small kernels of a step, once for all lengths; on a GPU they become a CUDA
-        graph. It takes a while, which many or long answers earn back. After merge()."""
+        """Fuses the kernels of a step, once for all lengths; on a GPU they become a CUDA graph. It
+        takes a while, which many or long answers earn back. After merge()."""
         if self.suppressed_ids.is_cuda:
             kwargs = {"mode": "reduce-overhead"} | kwargs
         self.decode = torch.compile(self.decode, dynamic=True, fullgraph=True, **kwargs)
