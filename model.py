@@ -174,8 +174,8 @@ BACKBONES = {
         text_config=dict(vocab_size=151672, hidden_size=3584, intermediate_size=18944,
                          num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)),
 }
-# Random weights, of variance 1 / fan-in, so that signals keep their size; a short window, since a
-# tower computes all of it; wide adapters, since nothing in it is worth keeping.
+# Random, of variance 1 / fan-in, so that signals keep their size; a short window, since a tower
+# computes all of it; wide adapters, since nothing in it is worth keeping.
 BACKBONES["tiny"] = replace(
     BACKBONES["qwen2-audio"],
     hub_id="", lora_r=32, lora_alpha=64, piece_seconds=4,
@@ -229,7 +229,7 @@ def think_block(n_audio, think_ids):
 
 
 def check_text(coat, text):
-    """Raises InputError if a text spells a special token: it would become that token."""
+    """Raises InputError if a text spells a special token, which it would become."""
     found = coat.special_tokens.search(text)
     if found:
         raise InputError(f"the text contains the special token {found[0]}; remove it")
@@ -301,8 +301,7 @@ def pad_batch(coat, rows):
 
 
 def build_inputs(coat, waves, prompts, responses=None, think=None):
-    """A batch from rows; without `responses` it ends where generation starts. Raises InputError on
-    a clip out of range or a special token in a text.
+    """A batch from rows; without `responses` it ends where generation starts. Raises InputError.
 
     coat       a CoAT, or its `.spec` in a worker
     waves      list of (N,) floats at 16 kHz, or None for a row without audio and block
@@ -647,8 +646,7 @@ def reading(what):
 
 
 def origin(name, model_path=None):
-    """Where a backbone's files are: a folder and None, or a name and a revision of the hub. Raises
-    InputError."""
+    """Where a backbone's files are: (folder, None) or (name, revision). Raises InputError."""
     given = str(model_path or BACKBONES[name].hub_id)
     if os.path.isdir(given):
         return os.path.abspath(given), None
@@ -694,7 +692,7 @@ def read_weights(model_class, place, **kwargs):
     return model
 
 
-# What the released templates render for text and one clip, for a processor without its files.
+# What the released templates render, for a processor without its files.
 TEMPLATE = """<|im_start|>system
 You are a helpful assistant.<|im_end|>
 {% for m in messages %}<|im_start|>{{ m['role'] }}
@@ -826,8 +824,8 @@ WORKERS = in_range(int, 0, 1024)
 
 
 def usable_device(device=None, name="tiny"):
-    """The torch.device of this name for a model, see load_coat. None: the GPU or, for tiny, the
-    CPU. Raises InputError if there is no GPU."""
+    """A torch.device for a model, see load_coat; by default the GPU or, for tiny, the CPU. Raises
+    InputError."""
     backbone = name if name in BACKBONES else saved_as(latest_checkpoint(name))["backbone"]
     if device is None and not torch.cuda.is_available() and backbone != "tiny":
         raise InputError(f"torch {torch.__version__} finds no GPU (CUDA 13 needs driver 580 or "
