@@ -1086,7 +1086,7 @@ def any_messages(args):
     "input" and "output"; the clip under one of CLIP_KEYS, or a part of the question."""
     for item in read_table(args.root):
         turns = item.get("messages") or item.get("conversations") or [
-            {"value": item.get("query") or f"{item.get('instruction')}\n{item.get('input')}"},
+            {"value": item.get("query") or f"{item.get('instruction', '')}\n{item.get('input', '')}"},
             {"value": item.get("response") or item.get("output")}]
         if len(turns) != 2 or item.get("system") or item.get("history"):
             yield "not of one question and one answer"
@@ -1094,7 +1094,7 @@ def any_messages(args):
         (question, parts), (answer, answered) = (
             text_and_clips(turn.get("content") or turn.get("value")) for turn in turns)
         given = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or parts
-        other = [key for key, value in item.items() if str(value).lower().endswith(SOUNDS)]
+        other = [key for key, value in item.items() if str(value).lower().rstrip("]'").endswith(SOUNDS)]
         if answered or MARK.search(answer):
             yield "with a clip in the answer"
         elif len(given) > 1 or len(MARK.findall(question)) > 1:
