@@ -906,11 +906,11 @@ def corpus_items(name, root, split):
     """Yields {column: value} of the items of a corpus, or why one becomes no row."""
     spec = CORPORA[name]
     as_named = spec.get("split_names", {}).get(split, split)
-    tables = [glob.escape(root) + "/" + table.replace("{split}", as_named)
-              for table in as_list(spec["table"])]
-    paths = next(filter(None, map(glob.glob, tables)), None)
+    tables = [table.replace("{split}", as_named) for table in as_list(spec["table"])]
+    found = (glob.glob(f"{glob.escape(root)}/{table}") for table in tables)
+    paths = next(filter(None, found), None)
     if not paths:
-        raise InputError(f"no file '{tables[0]}'; {layout_of(name)}")
+        raise InputError(f"no file '{root}/{tables[0]}'; {layout_of(name)}")
     for path in sorted(paths):
         if "line" in spec:
             with open(path, encoding="utf-8", errors="latin-1") as file:

@@ -32,9 +32,9 @@ from huggingface_hub.utils import http_backoff
 
 from data import (Rows, collate, fingerprint, open_source, parse_row, read_audio, expert_targets,
                   to_device, usable_rows)
-from experts import EXPERTS, ExpertUnavailable, load_experts
+from experts import EXPERTS, load_experts
 from heads import heads_for
-from model import (ASSETS, BACKBONES, COUNT, WORKERS, InputError, TooLong, backbone_of,
+from model import (ASSETS, BACKBONES, COUNT, WORKERS, InputError, TooLong,
                    checkpoint_steps, latest_checkpoint, load_coat, load_text_think, one_line_errors, pad_rows, read_json,
                    usable_device, write_file)
 
@@ -50,9 +50,9 @@ CONTOUR_ON = 0.3    # a pitch is there: the frame threshold of basic-pitch
 def load_model(args, name=None):
     """A model, see the top of this file, ready to answer: adapters are merged. Raises InputError."""
     name = name or args.model
-    device = usable_device(args.device, backbone_of(name))
+    device = usable_device(args.device, name)
     if getattr(args, "text_think", None):    # the authors' own adapter
-        return load_text_think(backbone_of(name), args.text_think, args.model_path, device)
+        return load_text_think(name, args.text_think, args.model_path, device)
     coat = load_coat(name, args.model_path, device=device).merge()
     if getattr(args, "compile", False):
         coat.compile_decode()
@@ -876,7 +876,7 @@ def build_parser():
 
 
 def main():
-    one_line_errors(ExpertUnavailable, less_memory="--batch 1")
+    one_line_errors(RuntimeError, less_memory="--batch 1")
     args = build_parser().parse_args()
     args.run(args)
 

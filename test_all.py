@@ -11,9 +11,9 @@ weights; `rows` are four rows of a batch, `trained` and `mixed_runs` runs of tra
 import contextlib
 import copy
 import dataclasses
-import errno
 import functools
 import http.server
+import importlib.util
 import io
 import json
 import math
@@ -30,7 +30,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import unittest.mock
 import warnings
 import zlib
@@ -50,6 +49,7 @@ import sklearn.metrics
 import soundfile
 import torch
 import torch.nn.functional as F
+import torchaudio
 import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.testing import assert_close
@@ -61,16 +61,16 @@ import infer
 import model
 from data import (Manifest, Mixture, Rows, Tones, allot, at_rate, collate, open_source, plan_stage,
                   read_audio)
-from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, ExpertUnavailable, SoundEvents,
-                     SpeechUnits, load, resample_frames)
-from model import (BACKBONES, IGNORE, LIGHT, THINK, THINK_END, THINK_START, InputError, TooLong,
-                   build_inputs, load_backbone, load_coat, n_audio_tokens, render_prompt)
+from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, SoundEvents, SpeechUnits, load,
+                     load_experts, resample_frames)
+from model import (BACKBONES, IGNORE, THINK, THINK_END, THINK_START, InputError, TooLong,
+                   build_inputs, load_coat, n_audio_tokens, render_prompt)
 
 # On the CPU also where there is a GPU, unless COAT_TEST_GPU is set.
 if "COAT_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 HERE = Path(__file__).parent.resolve()
-REAL = [name for name in BACKBONES if name not in LIGHT]    # backbones
+REAL = [name for name in BACKBONES if name != "tiny"]    # backbones
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
@@ -171,7 +171,7 @@ def test_loss_is_0_at_the_teacher_and_1_at_the_best_constant_answer(task):
 @pytest.mark.parametrize("seconds", [0.3, 1, 3.77])
 def test_a_click_shows_at_its_own_token(seconds):
     """Teachers of any frame rate are brought to the 25 Hz of the thinking tokens (section 3.3)."""
-    affect, sound, pitch = teacher("affect"), teacher("sound"), teacher("pitch")
+    affect, sound, pitch = an_expert("affect"), an_expert("sound"), an_expert("pitch")
 
     def amplitude(wave):
         return pitch.cqt_power(wave).sqrt()
@@ -228,43 +228,32 @@ def test_merged_model_says_what_the_adapter_says(written):
 # model.py: prompts and batches
 
 HEADER = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-QUESTION = "What is it?<|im_end|>\n<|im_start|>assistant\n"
-PROMPTS = {    # as the published chat templates render them
-    "qwen2-audio": HEADER + "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n" + QUESTION,
-    "qwen2.5-omni": HEADER + "<|audio_bos|><|AUDIO|><|audio_eos|>" + QUESTION,
-    "audio-flamingo-3": HEADER + "<sound>" + QUESTION,
+MARKS = {    # as the published chat templates write a clip
+    "qwen2-audio": "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n",
+    "qwen2.5-omni": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+    "audio-flamingo-3": "<sound>",
 }
-PROMPTS["tiny"] = PROMPTS["small"] = PROMPTS["qwen2-audio"]
+MARKS["tiny"] = MARKS["qwen2-audio"]
 
 
-def test_prompt_is_the_published_one(coat):
-    assert render_prompt(coat, "What is it?", 1) == PROMPTS[coat.name]
-    assert render_prompt(coat, "What is it?", 0) == HEADER + QUESTION
-
-
-def test_pieces_of_a_long_clip_stand_between_one_pair_of_marks(coat):
+@pytest.mark.parametrize("seconds, n_audio", [(None, 0), (1.0, 25), (121 * 0.75, 2269)])
+def test_row_is_the_published_prompt_and_the_block(coat, seconds, n_audio):
+    """The pieces of a long clip stand between one pair of marks; white space is kept."""
+    wave = None if seconds is None else noise(seconds)
+    ids = build_inputs(coat, [wave], [" What is it?\n "])["input_ids"][0]
     token = coat.backbone.audio_token
-    prompt = render_prompt(coat, "What is it?", 3)
-    assert prompt == PROMPTS[coat.name].replace(token, token * 3)
+    clip = MARKS[coat.name].replace(token, token * n_audio) if n_audio else ""
+    block = THINK_START + THINK * n_audio + THINK_END if n_audio else ""
+    assert coat.processor.tokenizer.decode(ids) == (
+        HEADER + clip + " What is it?\n <|im_end|>\n<|im_start|>assistant\n" + block)
 
 
-def test_block_opens_the_turn_of_the_assistant(coat, rows):
-    for wave, prompt in zip(*rows[:2]):
-        batch = build_inputs(coat, [wave], [prompt])
-        block = ""
-        if wave is not None:
-            block = THINK_START + THINK * int(batch["n_audio"]) + THINK_END
-        text = coat.processor.tokenizer.decode(batch["input_ids"][0])
-        assert text.endswith("<|im_start|>assistant\n" + block)
-
-
-@pytest.mark.parametrize("side, end", [("left", -1), ("right", 0)])
-def test_labels_are_the_response_and_its_end(coat, rows, side, end):
-    batch = build_inputs(coat, *rows, padding_side=side)
+def test_labels_are_the_response_and_its_end(coat, rows):
+    batch = build_inputs(coat, *rows)
     for labels, mask, response in zip(batch["labels"], batch["attention_mask"], rows[2]):
         said = coat.processor.tokenizer.decode(labels[labels != IGNORE])
         assert said == response + "<|im_end|>"
-        assert (labels[mask == 0] == IGNORE).all() and mask[end] == 1
+        assert (labels[mask == 0] == IGNORE).all() and mask[-1] == 1
 
 
 def test_closed_form_of_L_a_is_that_of_the_towers():
@@ -273,14 +262,21 @@ def test_closed_form_of_L_a_is_that_of_the_towers():
     assert [n_audio_tokens(160 * f) for f in frames] == of_tower
 
 
-def test_token_rate_is_one_number():
-    assert model.TOKEN_RATE == experts.TOKEN_RATE == 25
+def test_special_tokens_in_a_text_are_refused(coat):
+    for token in (coat.backbone.audio_token, THINK, "<|im_end|>", "<|endoftext|>"):
+        for row in ([f"what is {token}?"], ["yes"]), (["what?"], [token]):
+            with pytest.raises(InputError, match="special token"):
+                build_inputs(coat, [noise(1.0)], *row)
 
 
-def test_reserved_tokens_in_a_prompt_are_refused(coat):
-    for token in (coat.backbone.audio_token, THINK):
-        with pytest.raises(InputError, match="reserved"):
-            build_inputs(coat, [noise(1.0)], [f"what is {token}?"])
+@pytest.mark.parametrize("wave, words", [
+    (torch.zeros(1000), "lasts 0.06 s"), (torch.zeros(121 * 16000), "lasts 121.00 s"),
+    (torch.zeros(16000, 2), "mono"), (torch.zeros(16000, dtype=torch.int16), "int16"),
+    (torch.full((16000,), 9830.0), "divide by 32768"),
+    (torch.full((16000,), math.nan), "samples up to nan")])
+def test_clip_that_is_no_sound_is_refused(tiny, wave, words):
+    with pytest.raises(InputError, match=words):
+        build_inputs(tiny, [wave], ["?"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -300,14 +296,6 @@ def test_batch_gives_each_row_what_it_gets_alone(coat, rows):
         assert not out.think_states[i, n:].any()
 
 
-def test_padding_side_changes_nothing(coat, rows):
-    with torch.no_grad():
-        left = coat(build_inputs(coat, *rows, padding_side="left"))
-        right = coat(build_inputs(coat, *rows, padding_side="right"))
-    assert_close(left.ce_sum, right.ce_sum, rtol=1e-5, atol=1e-4)
-    assert_close(left.think_states, right.think_states, rtol=1e-4, atol=1e-4)
-
-
 def test_two_minutes_beside_a_text_row_give_3000_states_and_no_features_beyond_them(coat):
     batch = build_inputs(coat, [noise(120), None], ["?", "hello"], ["a", "b"])
     with torch.no_grad():
@@ -319,45 +307,36 @@ def test_two_minutes_beside_a_text_row_give_3000_states_and_no_features_beyond_t
 
 
 def test_audio_embeds_are_the_projected_tower(coat):
-    """As it ran, and as transformers gives it."""
     batch = build_inputs(coat, [noise(0.1), None, noise(31, 1)], ["a", "t", "b"], ["c", "d", "e"])
     out, projected = forward_and_projected(coat, batch)
-    got = out.audio_embeds[out.valid]                                               # (2 + 775, D)
     mask = next(value for key, value in batch["audio"].items() if key.endswith("mask"))
     if projected.ndim == 3:
         n_frames = [(n + 1) // 2 // 2 for n in mask.sum(1).tolist()]
         projected = torch.cat([window[:n] for window, n in zip(projected, n_frames)])
-    assert torch.equal(got, projected)
-    if hasattr(coat.hf, "get_audio_features"):
-        theirs = coat.hf.get_audio_features(batch["audio"]["input_features"], mask)
-        name = "last_hidden_state" if coat.name == "qwen2.5-omni" else "pooler_output"
-        assert torch.equal(got, getattr(theirs, name))
+    assert torch.equal(out.audio_embeds[out.valid], projected)    # (2 + 775, D)
 
 
 def test_audio_tower_builds_no_graph(coat):
     batch = build_inputs(coat, [noise(0.1)], ["a"], ["b"])
     out, projected = forward_and_projected(coat, batch)
-    assert projected.requires_grad == (coat.name == "small")    # its projector is trained
+    assert projected.requires_grad == bool(coat.new_projector)
     assert not out.audio_embeds.requires_grad
     assert out.think_states.requires_grad
 
 
-def test_without_the_block_there_are_no_thinking_states(coat, rows):
+def test_without_the_block_there_are_no_thinking_states_but_for_the_control(
+        coat, rows, monkeypatch):
+    """The control takes the states at the audio tokens."""
     batch = build_inputs(coat, *rows, think=False)
     with torch.no_grad():
         out = coat(batch)
+        monkeypatch.setattr(coat, "think", False)
+        control = coat(batch)
+        h, _ = coat.states(batch, use_cache=False)
     assert not batch["think_mask"].any() and not out.valid.any()
     assert out.ce_sum > 0 and out.audio_embeds.any()
-
-
-def test_control_without_the_block_has_the_states_at_the_audio_tokens(coat, rows, monkeypatch):
-    monkeypatch.setattr(coat, "think", False)
-    batch = build_inputs(coat, *rows, think=False)
-    with torch.no_grad():
-        out = coat(batch)
-        h, _ = coat.states(batch, use_cache=False)
-    assert torch.equal(out.valid.sum(1), batch["n_audio"])
-    assert torch.equal(out.think_states[out.valid], h[batch["audio_mask"]])
+    assert torch.equal(control.valid.sum(1), batch["n_audio"])
+    assert torch.equal(control.think_states[control.valid], h[batch["audio_mask"]])
 
 
 def test_two_clips_give_different_logits_for_the_same_ids(coat):
@@ -371,15 +350,14 @@ def test_bf16_trains_as_fp32_does(coat, hub):
     rows = [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"], ["yes", "no", "so"]
     with torch.no_grad():
         want = coat(build_inputs(coat, *rows))
-    low = loaded(coat.name, hub[coat.name], dtype=torch.bfloat16)
+    low = loaded(coat.where, hub, dtype=torch.bfloat16)
     batch = build_inputs(low, *rows)
     with torch.autocast("cpu", torch.bfloat16):    # as train.py runs it on a GPU
         out = low(batch)
-    out.ce_sum.backward()
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16, torch.float32}
+    (out.ce_sum + out.think_states.sum()).backward()
     for p in low.parameters():
-        if p.requires_grad:
-            assert p.dtype == torch.float32 and p.grad.isfinite().all()
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+        assert not p.requires_grad or p.grad.isfinite().all()
     assert_close(out.ce_sum, want.ce_sum, rtol=0.05, atol=0.1)
 
 
@@ -400,12 +378,14 @@ def test_cached_steps_say_what_whole_forwards_say(coat):
     assert torch.equal(said, torch.stack(ids, 1))
 
 
-def test_transformers_generate_says_the_same(coat):
+def test_transformers_generate_says_the_same_and_neither_warns(coat, recwarn):
     batch = two_questions(coat)
+    said = greedy(coat, batch, 6)
+    assert not [w.message for w in recwarn if issubclass(w.category, FutureWarning)]
     theirs = coat.hf.generate(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **batch["audio"],
         do_sample=False, max_new_tokens=6, min_new_tokens=6, suppress_tokens=coat.think_ids)
-    assert torch.equal(greedy(coat, batch, 6), theirs[:, batch["input_ids"].shape[1]:])
+    assert torch.equal(said, theirs[:, batch["input_ids"].shape[1]:])
 
 
 @pytest.mark.parametrize("think", [True, False])
@@ -414,6 +394,15 @@ def test_batch_answers_each_row_as_it_is_answered_alone(coat, rows, think):
     for i, (wave, prompt) in enumerate(zip(*rows[:2])):
         alone = greedy(coat, build_inputs(coat, [wave], [prompt], think=think), 6, stop=True)[0]
         assert together[i, :len(alone)].tolist() == alone.tolist()
+
+
+def test_answer_takes_numpy_or_torch_at_any_rate_and_lists(coat):
+    wave = torchaudio.functional.resample(noise(1.0), 16000, 44100)
+    heard = at_rate(wave, 44100, 16000)
+    want = coat.generate(build_inputs(coat, [heard, None], ["Which?", "Hello"]), 6)
+    clips = [wave.double().numpy(), None]
+    assert coat.answer(clips, [44100, None], ["Which?", "Hello"], 6) == want
+    assert coat.answer(wave, 44100, "Which?", max_new_tokens=6) == want[0]
 
 
 def test_thinking_tokens_are_never_said(coat):
@@ -428,13 +417,11 @@ def test_thinking_tokens_are_never_said(coat):
 def test_stream_pads_rows_that_have_ended_and_ends_with_the_last(tiny, monkeypatch):
     batch = two_questions(tiny)
     free = greedy(tiny, batch, 12)
-    tokenizer = tiny.processor.tokenizer
-    eos = tokenizer.convert_ids_to_tokens([free[0, 2], free[1, 4]])
-    monkeypatch.setattr(tiny, "backbone", dataclasses.replace(tiny.backbone, eos=tuple(eos)))
+    monkeypatch.setattr(tiny, "eos_ids", [free[0, 2], free[1, 4]])
     ids = greedy(tiny, batch, 12, stop=True)
     assert ids.shape[1] == 5
     assert torch.equal(ids[0, :3], free[0, :3]) and torch.equal(ids[1], free[1, :5])
-    assert (ids[0, 3:] == tokenizer.pad_token_id).all()
+    assert (ids[0, 3:] == tiny.processor.tokenizer.pad_token_id).all()
 
 
 def test_step_is_compiled_once_for_all_lengths_and_says_the_same(monkeypatch):
@@ -451,159 +438,133 @@ def test_step_is_compiled_once_for_all_lengths_and_says_the_same(monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # model.py: weights
 
-def test_lora_sits_on_the_language_model_alone_and_a_new_projector_is_trained_whole(coat, hub):
-    fresh = load_coat(coat.name, model_path=hub[coat.name], trainable=True)
-    trained = [name for name, p in fresh.named_parameters() if p.requires_grad]
-    layers = fresh.hf.config.get_text_config().num_hidden_layers
-    projector = [name for name in trained if ".multi_modal_projector.modules_to_save." in name]
-    assert len(projector) == (2 if coat.name == "small" else 0)    # of small it is new
-    trained = set(trained) - set(projector)
+def test_lora_sits_on_the_language_model_alone_and_a_new_projector_is_trained_whole(coat):
+    trained = {name for name, p in coat.named_parameters() if p.requires_grad}
+    layers = coat.hf.config.get_text_config().num_hidden_layers
+    projector = {name for name in trained if ".multi_modal_projector.modules_to_save." in name}
+    assert len(projector) == len(coat.new_projector) == (2 if coat.where == "composed" else 0)
+    trained -= projector
     assert len(trained) == layers * 7 * 2 + 1    # A and B of each linear map, and the three rows
     assert all(".language_model." in name for name in trained)
 
 
 def test_training_leaves_the_base_weights_byte_identical(coat, hub):
-    fresh = load_coat(coat.name, model_path=hub[coat.name], trainable=True)
+    fresh = loaded(coat.where, hub)
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
-    trained = [p for p in fresh.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    batch = build_inputs(fresh, [noise(0.5), None], ["?", "hi"], ["yes", "no"])
-    for _ in range(3):
-        out = fresh(batch)
-        (out.ce_sum + out.think_states.pow(2).mean()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer = torch.optim.AdamW([p for p in fresh.parameters() if p.requires_grad], lr=1e-2)
+    out = fresh(build_inputs(fresh, [noise(0.5), None], ["?", "hi"], ["yes", "no"]))
+    (out.ce_sum + out.think_states.pow(2).mean()).backward()
+    optimizer.step()
     for name, p in fresh.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
 
 
-def test_new_rows_start_as_the_mean_of_the_used_ones_at_every_load(coat, hub):
-    loads = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        lm, processor = load_backbone(coat.name, hub[coat.name])
-        used = len(processor.tokenizer)
-        ids = model.add_think_tokens(lm, processor.tokenizer)
-        assert ids == [used, used + 1, used + 2]
-        tables = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
-        for table in tables:
-            assert_close(table[ids], table[:used].mean(0).expand(3, -1))
-        loads.append(torch.cat([table[ids] for table in tables]))
-    assert torch.equal(*loads)
-
-
-def test_tables_with_room_keep_their_size(coat, hub):
-    lm, processor = load_backbone(coat.name, hub[coat.name])
-    size = lm.get_input_embeddings().num_embeddings
-    used = len(processor.tokenizer)
-    spare = {"tiny": 58, "small": 0} | {name: layout.spare for name, layout in LAYOUTS.items()}
-    assert size == used + spare[coat.name]
-    model.add_think_tokens(lm, processor.tokenizer)
-    size = max(size, used + 3)
-    assert len(lm.get_input_embeddings().weight) == len(lm.get_output_embeddings().weight) == size
-    assert lm.config.get_text_config().vocab_size == size
+def test_new_rows_start_as_the_mean_of_the_used_ones_and_a_table_with_room_keeps_its_size(
+        coat, hub):
+    spare = {"tiny": 58, "composed": 0} | {name: layout.spare for name, layout in LAYOUTS.items()}
+    plain = load_coat(*hub[coat.where])
+    used = len(plain.processor.tokenizer) - 3
+    assert plain.think_ids == [used, used + 1, used + 2]
+    for table in (plain.hf.get_input_embeddings().weight, plain.hf.get_output_embeddings().weight):
+        assert len(table) == plain.hf.config.get_text_config().vocab_size
+        assert len(table) == used + max(3, spare[coat.where])
+        assert_close(table[plain.think_ids], table[:used].mean(0).expand(3, -1))
 
 
 def test_adapter_is_plain_peft(coat, hub, written):
-    lm, processor = load_backbone(coat.name, hub[coat.name])
-    model.add_think_tokens(lm, processor.tokenizer)
-    plain = peft.PeftModel.from_pretrained(lm, written.adapter)
-    again = model.CoAT(plain, processor, coat.name, None, coat.think_ids)
-    assert torch.equal(greedy(again, written.batch), written.said)
-
-
-def test_adapter_says_the_same_in_another_process(hub, tmp_path):
-    name = "audio-flamingo-3"    # the one whose table has to grow again
-    coat = loaded(name, hub[name])
-    coat.save(tmp_path / "adapter")
-    batch = build_inputs(coat, [noise(1.0), noise(31, 5)], ["Which?", "Which note is it?"])
-    torch.save(batch, tmp_path / "batch.pt")
-    process = start(print_greedy, tmp_path / "log", tmp_path / "adapter", tmp_path / "batch.pt")
-    ended(process)
-    assert last_json(open(process.log).read()) == greedy(coat, batch).tolist()
+    plain = load_coat(*hub[coat.where])
+    plain.lm = peft.PeftModel.from_pretrained(plain.lm, written.adapter)
+    assert torch.equal(greedy(plain, written.batch), written.said)
 
 
 def test_merged_folder_is_plain_transformers(coat, written):
-    classes = BACKBONES[coat.name].model_class.__mro__
-    stock = next(c for c in classes if c.__module__.startswith("transformers.models"))
     batch = written.batch
-    theirs = stock.from_pretrained(written.merged).generate(
+    theirs = BACKBONES[coat.name].model_class.from_pretrained(written.merged).generate(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **batch["audio"],
         max_new_tokens=8)    # the rest is in its generation_config.json
     assert torch.equal(theirs[:, batch["input_ids"].shape[1]:], greedy(coat, batch, stop=True))
 
 
+def test_run_a_checkpoint_and_a_merged_folder_are_loaded_by_their_path_from_anywhere(
+        coat, written, tmp_path, monkeypatch):
+    os.symlink(written.adapter, tmp_path / "checkpoint-3")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path, "checkpoint-3", written.merged):
+        again = load_coat(path)
+        assert again.think and torch.equal(greedy(again, written.batch), written.said)
+    by_name = load_coat(coat.name, model_path=written.merged)
+    assert by_name.think and torch.equal(greedy(by_name, written.batch), written.said)
+    assert not load_coat("tiny").think
+
+
 def test_adapter_cards_lines_with_peft_alone_say_what_it_says(coat, written, tmp_path):
     if coat.name not in ("qwen2-audio", "audio-flamingo-3"):
-        pytest.skip("random or in two folders, or its processor needs torchvision")
+        pytest.skip("random, or its processor needs torchvision")
     clip = wav(tmp_path, "clip.wav", noise(1.0).numpy(), subtype="FLOAT")
-    batch = build_inputs(coat, [noise(1.0)], ["Which?"])
-    said, = coat.generate(batch)
+    said = coat.answer(noise(1.0), 16000, "Which?")
     assert run_card(written.adapter, clip, "Which?").rstrip("\n") == said
 
 
 @pytest.mark.parametrize("folder", ["adapter", "merged"])
 def test_saved_template_asks_for_the_block_and_writes_it(coat, written, folder):
     template = (Path(getattr(written, folder)) / "chat_template.jinja").read_text()
-    chat = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "Which?"}]}]
+    clip = {"type": "audio"}
+    text = {"type": "text", "text": "Which?"}
 
-    def render(messages=chat, **kwargs):
-        return coat.processor.apply_chat_template(messages, template, tokenize=False, **kwargs)
+    def render(content, **kwargs):
+        chat = [{"role": "user", "content": content}]
+        return coat.processor.apply_chat_template(chat, template, tokenize=False, **kwargs)
 
     prompt = render_prompt(coat, "Which?", 1)
     block = THINK_START + 25 * THINK + THINK_END
-    assert render(add_generation_prompt=True, n_audio=25) == prompt + block
-    assert render(add_generation_prompt=True, n_audio=0) == prompt
-    for content in (chat[0]["content"], coat.backbone.audio_token + "Which?"):
+    assert render([clip, text], add_generation_prompt=True, n_audio=25) == prompt + block
+    assert render([clip | {"n_audio": 25}, text], add_generation_prompt=True) == prompt + block
+    assert render([clip, text], add_generation_prompt=True, n_audio=0) == prompt
+    for content in ([clip, text], coat.backbone.audio_token + "Which?"):
         with pytest.raises(Exception, match="n_audio"):
-            render([{"role": "user", "content": content}], add_generation_prompt=True)
-    assert prompt.startswith(render())
-    text = [{"role": "user", "content": "Say hello."}]
-    assert render_prompt(coat, "Say hello.", 0) == coat.processor.apply_chat_template(
-        text, template, tokenize=False, add_generation_prompt=True)
+            render(content, add_generation_prompt=True)
+    assert prompt.startswith(render([clip, text]))
+    assert render("Say hello.", add_generation_prompt=True) == render_prompt(coat, "Say hello.", 0)
 
 
-def test_processor_of_a_merged_folder_makes_the_same_ids_of_a_string(coat, written):
-    processor = coat.processor
-    if coat.name != "qwen2.5-omni":    # which cannot be built without torchvision
-        processor = transformers.AutoProcessor.from_pretrained(written.merged)
-    text = render_prompt(coat, "Which?", 1) + THINK_START + THINK * 25 + THINK_END
-    inputs = processor(text=text, audio=[noise(1.0).numpy()], sampling_rate=16000,
-                       return_tensors="pt")
-    ours = build_inputs(coat, [noise(1.0)], ["Which?"])
-    assert torch.equal(inputs["input_ids"], ours["input_ids"])
+def test_batch_in_plain_transformers_says_what_each_clip_gets_alone(coat, written):
+    """Padded on the left, with a block of its own for each clip."""
+    if coat.name == "qwen2.5-omni":
+        pytest.skip("its own processor cannot be built without torchvision")
+    processor = transformers.AutoProcessor.from_pretrained(written.merged)
+    merged = load_coat(written.merged)
+    waves = [noise(1.0), noise(2.2, 5)]
+    chats = [[{"role": "user", "content": [
+        {"type": "audio", "n_audio": n_audio_tokens(len(wave))},
+        {"type": "text", "text": "Which?"}]}] for wave in waves]
+    prompts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=prompts, audio=[wave.numpy() for wave in waves], return_tensors="pt",
+                       sampling_rate=16000, text_kwargs={"padding": True})
+    ids = merged.hf.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1]:]
+    said = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    assert said == [merged.answer(wave, 16000, "Which?", 6) for wave in waves]
 
 
-def test_merged_folder_keeps_its_trained_rows(coat, written):
-    again = load_coat(coat.name, model_path=written.merged)
-    assert torch.equal(greedy(again, written.batch), written.said)
-
-
-def test_merged_bf16_is_bf16_throughout_and_answers(coat, hub):
-    merged = loaded(coat.name, hub[coat.name], dtype=torch.bfloat16).merge()
-    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
-    batch = build_inputs(merged, [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"])
-    assert greedy(merged, batch, 3).shape == (3, 3)
-
-
-def test_merge_rounds_each_weight_once(coat, hub):
-    low = loaded(coat.name, hub[coat.name], dtype=torch.bfloat16)
+def test_merged_bf16_is_bf16_throughout_and_each_weight_is_rounded_once(coat, hub):
+    low = loaded(coat.where, hub, dtype=torch.bfloat16)
     layer = next(m for m in low.hf.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
     merged = layer.base_layer.weight.float() + layer.get_delta_weight("default")
     low.merge()
     assert torch.equal(layer.base_layer.weight, merged.bfloat16())
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    batch = build_inputs(low, [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"])
+    assert greedy(low, batch, 3).shape == (3, 3)
 
 
-def test_omni_is_loaded_without_its_vision_tower_and_talker(hub):
-    lm, processor = load_backbone("qwen2.5-omni", hub["qwen2.5-omni"])
-    assert lm.model.visual is None
-    assert not any("visual" in name or "talker" in name for name, _ in lm.named_parameters())
-    assert not hasattr(processor, "image_processor")
+def test_omni_is_loaded_without_its_vision_blocks_and_talker_and_saved_as_the_full_model(hub):
+    coat = loaded("qwen2.5-omni", hub)
+    assert not any("visual.blocks" in name or "talker" in name for name, _ in coat.named_parameters())
+    assert not hasattr(coat.processor, "image_processor")
 
 
 def test_text_thinking_adapter_of_the_old_layout_is_loaded_whole(hub, text_think):
     """Audio Flamingo 3's own, from before transformers 5."""
-    coat = model.load_text_think("audio-flamingo-3", text_think.folder, hub["audio-flamingo-3"])
+    coat = model.load_text_think("audio-flamingo-3", text_think.folder, hub["audio-flamingo-3"][1])
     want = text_think.ours.merge().hf.state_dict()
     for key, value in coat.hf.state_dict().items():
         if key.endswith("multi_modal_projector.linear_2.bias"):
@@ -654,22 +615,13 @@ def test_no_constant_answer_costs_less_than_the_best(loss, power):
         assert (loss((best + step).expand_as(target), target).mean(0) > least).all()
 
 
-def test_heads_start_at_the_best_constant_answer(two_heads):
+def test_heads_start_at_the_best_constant_answer_and_learn(two_heads):
     expert_heads, h, valid, targets = two_heads
     losses = expert_heads(h, valid, targets)
     for task in targets:
         assert (losses[task] / valid.sum()).item() == pytest.approx(1, abs=1e-4)
-    sum(losses.values()).backward()
-    for head in expert_heads.values():
-        assert head.out.weight.grad.any()
-
-
-def test_only_the_heads_with_targets_run(two_heads):
-    expert_heads, h, valid, targets = two_heads
-    losses = expert_heads(h, valid, {"recon": targets["recon"]})
-    assert list(losses) == ["recon"]
     losses["recon"].backward()
-    assert expert_heads["recon"].out.bias.grad.any()
+    assert expert_heads["recon"].out.weight.grad.any()
     assert all(p.grad is None for p in expert_heads["pitch"].parameters())
 
 
@@ -691,10 +643,8 @@ def test_batch_without_audio_gives_every_head_a_gradient_of_zero(two_heads):
     expert_heads, h, valid, targets = two_heads
     targets = {task: z[:, :1] for task, z in targets.items()}
     losses = expert_heads(h[:, :1], torch.zeros_like(valid[:, :1]), targets)
-    assert all(loss.item() == 0 for loss in losses.values())
     sum(losses.values()).backward()
-    for p in expert_heads.parameters():
-        assert p.grad is not None and not p.grad.any()
+    assert all(p.grad is not None and not p.grad.any() for p in expert_heads.parameters())
 
 
 def test_losses_are_summed_in_fp32_under_autocast(two_heads):
@@ -704,26 +654,37 @@ def test_losses_are_summed_in_fp32_under_autocast(two_heads):
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
 
 
-def test_scales_are_saved_with_the_heads(two_heads):
+def test_scales_are_saved_with_the_heads_and_readouts_are_not(two_heads):
     names = set(two_heads[0].state_dict())
     assert {"recon_scale", "pitch_scale", "pitch_aux_scale", "pitch.out.weight"} < names
     assert not any("readout" in name for name in names)
+
+
+@pytest.mark.parametrize("name, result", [
+    ("heads", "round(losses['speech'].item(), 2) == 100"), ("experts", "z.shape == (25, 2048)")])
+def test_file_copied_alone_does_what_its_docstring_says(name, result, tmp_path, monkeypatch):
+    path = shutil.copy(HERE / f"{name}.py", tmp_path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    names = {}
+    exec("\n".join(re.findall(r"^    >>> (.*)$", module.__doc__, re.M)), names)
+    assert eval(result, names)
 
 
 # --------------------------------------------------------------------------------------------------
 # experts.py. assets/reference holds what the reference implementations give: for pitch with the
 # official weights, for the others with parameters from the recipe of `fill`.
 
-def test_speech_equals_the_reference_implementation_at_both_outputs():
+def test_speech_equals_the_reference_implementation():
     weights = {"module." + key: value for key, value in official(SpeechUnits).items()}
-    expert = SpeechUnits.from_state_dict({"model": weights})
-    close(expert(audio(16000, 2.0))[::11], reference("speech")["encoder_out"], 1e-5)
-    expert.layer = 6
-    close(expert(audio(16000, 2.0))[::11], reference("speech")["l6_ffn"], 1e-5)
+    speech = SpeechUnits.from_state_dict({"model": weights})
+    close(speech(audio(16000, 2.0))[::11], reference("speech")["encoder_out"], 1e-5)
 
 
 def test_sound_equals_the_reference_implementation():
-    sound = teacher("sound")
+    sound = an_expert("sound")
     wave = audio(32000, 2.0)
     close(sound.logmel(wave)[::20], reference("sound")["logmel"], 5e-4)
     z = sound(wave)
@@ -731,47 +692,38 @@ def test_sound_equals_the_reference_implementation():
     close(sound.readout(z), reference("sound")["logits"], 1e-3, 1e-4)
 
 
-def test_affect_equals_the_reference_implementation():
-    close(teacher("affect")(audio(16000, 2.0))[::9], reference("affect_tiny")["feat"], 5e-5)
-
-
-def test_affect_takes_its_sizes_from_the_file():
-    affect = teacher("affect")
-    assert (affect.dim, affect.heads, len(affect.blocks), affect.extra) == (256, 4, 5, 5)
+def test_affect_equals_the_reference_implementation_and_takes_its_sizes_from_the_file():
+    affect = an_expert("affect")
+    close(affect(audio(16000, 2.0))[::9], reference("affect_tiny")["feat"], 5e-5)
+    blocks = len(affect.context) + len(affect.blocks)
+    assert (affect.dim, affect.heads, blocks, affect.extra) == (256, 4, 5, 5)
 
 
 def test_pitch_equals_the_official_onnx_file():
-    pitch = teacher("pitch")
+    pitch = an_expert("pitch")
     wave = chord()
-    features = pitch(wave).view(-1, 8, 264).transpose(0, 1)
-    close(features[:, ::43], reference("pitch")["feat"], 1e-2)
-    close(pitch.contour(wave)[::8], reference("pitch")["contour"], 1e-3)
-    for ours, name in zip(pitch.notes(wave), ("contour", "note", "onset")):
-        close(ours[::8], reference("pitch")[name], 1e-3)
+    z = pitch(wave)
+    close(z.view(-1, 8, 264).transpose(0, 1)[:, ::43], reference("pitch")["feat"], 1e-2)
+    close(pitch.readout(z).sigmoid()[::8], reference("pitch")["contour"], 1e-3)
+    close(pitch.notes(wave)[::8], reference("pitch")["note"], 1e-3)
 
 
 def test_attention_in_pieces_equals_attention_at_once(monkeypatch):
-    affect = teacher("affect")
+    affect = an_expert("affect")
     whole = affect(audio(16000, 2.0))
     monkeypatch.setattr(affect, "BIAS_FLOATS", [4 * 104 * 7])    # 7 queries at a time
     close(affect(audio(16000, 2.0)), whole, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["sound", "pitch"])
-def test_readout_passes_gradients_to_its_input_and_none_to_the_frozen_teacher(name):
-    expert = teacher(name)
+def test_readout_is_that_of_each_clip_and_passes_gradients_to_its_input_alone(name):
+    expert = an_expert(name)
     z = torch.randn(2, 6, expert.dim, requires_grad=True)
-    expert.readout(z).square().sum().backward()
-    assert z.grad.abs().sum() > 0
-    assert not expert.training
+    logits = expert.readout(z)
+    close(logits[1], expert.readout(z[1]).detach(), 1e-4)
+    logits.square().sum().backward()
+    assert z.grad.abs().sum() > 0 and not expert.training
     assert all(p.grad is None and not p.requires_grad for p in expert.parameters())
-
-
-@pytest.mark.parametrize("name", ["sound", "pitch"])
-def test_readout_of_a_batch_is_that_of_each_clip(name):
-    expert = teacher(name)
-    z = torch.randn(2, 6, expert.dim)
-    close(expert.readout(z)[1], expert.readout(z[1]), 1e-4)
 
 
 @pytest.mark.parametrize("name, frames", [
@@ -780,39 +732,27 @@ def test_readout_of_a_batch_is_that_of_each_clip(name):
     ("pitch", {1: 1, 44100: 173}),
 ])
 def test_there_are_as_many_frames_as_announced_and_at_least_one(name, frames):
-    expert = teacher(name)
+    expert = an_expert(name)
     assert {n: expert.frames(n) for n in frames} == frames
     for n in (1, 79, 400, 5000, 33024, 40001):
         z = expert(torch.randn(n) * 0.1)
-        assert z.shape == (expert.frames(n), expert.dim)
-        assert z.dtype == torch.float32 and z.isfinite().all()
+        assert z.shape == (expert.frames(n), expert.dim) and z.dtype == torch.float32
 
 
-# (frames, tokens, Hz, centre of frame 0 in seconds): the four teachers', and rates left open
+# (frames, tokens, Hz, centre of frame 0 in seconds): the four networks', and others
 RESAMPLED = [(1, 7, 50.0, 0.0125), (99, 50, 50.0, 0.0125), (87, 25, 22050 / 256, 0.0),
-             (3, 25, 3.125, 0.16), (400, 3, None, None), (2, 90, None, None), (5, 40, 50.0, None)]
+             (3, 25, 3.125, 0.16), (400, 3, 400.0, 0.0), (5, 40, 50.0, 0.01)]
 
 
 @pytest.mark.parametrize("frames, n, rate, offset", RESAMPLED)
-def test_resampling_keeps_constants_exactly(frames, n, rate, offset):
+def test_frame_lands_in_the_token_that_holds_its_centre_and_constants_stay(frames, n, rate, offset):
     constant = torch.randn(1, 6)
     resampled = resample_frames(constant.expand(frames, 6), n, rate, offset)
     assert torch.equal(resampled, constant.expand(n, 6))
-
-
-@pytest.mark.parametrize("frames, n, rate, offset", [row for row in RESAMPLED if row[2]])
-def test_frame_lands_in_the_token_that_holds_its_centre(frames, n, rate, offset):
     hits = resample_frames(torch.eye(frames), n, rate, offset)
-    first = 0.5 / rate if offset is None else offset
     for j in range(frames):
-        token = int((first + j / rate) * TOKEN_RATE + 1e-6)
+        token = int((offset + j / rate) * TOKEN_RATE + 1e-6)
         assert token >= n or hits[token, j] == hits[:, j].max() > 0
-
-
-def test_resampling_passes_gradients():
-    z = torch.randn(30, 4, requires_grad=True)
-    resample_frames(z, 9, 50.0, 0.0).sum().backward()
-    assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
 
 
 def test_random_experts_are_loud_and_always_the_same(monkeypatch):
@@ -821,19 +761,12 @@ def test_random_experts_are_loud_and_always_the_same(monkeypatch):
     with pytest.warns(UserWarning, match="affect: RANDOM WEIGHTS"):
         first = load("affect", random=True)
         second = load("affect", random=True)
-    wave = audio(16000, 0.5)
-    assert torch.equal(first(wave), second(wave))
+    assert torch.equal(first(audio(16000, 0.5)), second(audio(16000, 0.5)))
 
 
 def test_random_experts_leave_out_the_one_that_ships_its_weights():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         load("pitch", random=True)
-
-
-def test_teacher_without_a_readout_says_so():
-    assert Expert.readout is None and teacher("affect").readout is None
-    assert SpeechUnits.readout is None
 
 
 def test_emotion_head_of_a_plus_file_is_kept_and_read_out():
@@ -844,9 +777,19 @@ def test_emotion_head_of_a_plus_file_is_kept_and_read_out():
     z = torch.randn(4, 256)
     assert_close(plus.readout(z), F.linear(z, weights["proj.weight"], weights["proj.bias"]))
     assert len(plus.EMOTIONS) == 9 and not any(p.requires_grad for p in plus.parameters())
+    assert an_expert("affect").readout is SpeechUnits.readout is None
 
 
-def test_sixth_teacher_is_one_class_and_one_row(monkeypatch, tmp_path):
+def test_recon_is_an_expert_like_the_others():
+    experts = load_experts(["recon", "pitch"], d=6)
+    assert list(experts) == ["recon", "pitch"] and experts["recon"].dim == 6
+    x = torch.randn(2, 5, 6)
+    batch = {"n_audio": torch.tensor([5, 0]), "waves": {22050: [chord()[:4410], None]}}
+    targets = data.expert_targets(experts, batch, x)
+    assert targets["recon"] is x and targets["pitch"].shape == (2, 5, 2112)
+
+
+def test_sixth_expert_is_one_class_and_one_row(monkeypatch, tmp_path):
     class Loudness(Expert):
         sample_rate = 16000
         frame_rate = 100.0
@@ -865,37 +808,23 @@ def test_sixth_teacher_is_one_class_and_one_row(monkeypatch, tmp_path):
     assert second["loss"] == pytest.approx(second["ce"] + weighted)
 
 
-def test_example_of_experts_runs_as_written():
-    lines = re.findall(r"^    >>> (.*)$", experts.__doc__, re.M)
-    names = {}
-    exec("\n".join(lines), names)
-    assert names["z"].shape == (25, 2112)
-
-
 # --------------------------------------------------------------------------------------------------
 # data.py: audio
 
 def test_eight_channels_at_96_khz_are_read_as_mono(tmp_path):
     tone = np.sin(2 * np.pi * 440 * np.arange(96000) / 96000) / 2
-    path = wav(tmp_path, "eight.wav", np.stack([tone] * 8, 1), 96000)
-    wave, rate = read_audio(path)
-    assert rate == 96000 and wave.shape == (96000,)
+    wave, rate = read_audio(wav(tmp_path, "eight.wav", np.stack([tone] * 8, 1), 96000))
     down = at_rate(wave, rate, 16000)
     want = torch.sin(2 * np.pi * 440 * torch.arange(16000) / 16000) / 2
     assert len(down) == 16000 and (down - want)[200:-200].abs().max() < 1e-3
 
 
-# name, subtype, further arguments of soundfile.write
-FORMATS = [
-    ("a.wav", "PCM_16", {}), ("a.wav", "FLOAT", {}), ("a.wav", "IMA_ADPCM", {}),
-    ("a.wav", "GSM610", {}), ("a.wav", "G721_32", {}), ("a.aiff", "PCM_16", {}),
-    ("a.au", "PCM_16", {}), ("a.w64", "PCM_16", {}), ("a.rf64", "PCM_16", {}),
-    ("a.caf", "PCM_16", {}), ("a.flac", "PCM_16", {}), ("a.ogg", "VORBIS", {}),
-    ("a.ogg", "OPUS", {}), ("a.mp3", None, {"bitrate_mode": "CONSTANT", "compression_level": 0.99}),
-    ("a.mp3", None, {"bitrate_mode": "VARIABLE", "compression_level": 0.9})]
-
-
-@pytest.mark.parametrize("name, subtype, more", FORMATS)
+@pytest.mark.parametrize("name, subtype, more", [
+    *[("a.wav", subtype, {}) for subtype in ("PCM_16", "FLOAT", "IMA_ADPCM", "GSM610", "G721_32")],
+    *[(f"a.{ending}", "PCM_16", {}) for ending in ("aiff", "au", "w64", "rf64", "caf", "flac")],
+    ("a.ogg", "VORBIS", {}), ("a.ogg", "OPUS", {}),
+    ("a.mp3", None, {"bitrate_mode": "CONSTANT", "compression_level": 0.99}),
+    ("a.mp3", None, {"bitrate_mode": "VARIABLE", "compression_level": 0.9})])
 def test_every_format_is_read_to_its_end_in_parts_and_not_when_cut(tmp_path, name, subtype, more):
     samples = noise(5.0).numpy() * np.repeat([1, 0.01, 1, 1, 0.1], 16000)    # of many bit rates
     path = wav(tmp_path, name, samples, subtype=subtype, **more)
@@ -908,7 +837,7 @@ def test_every_format_is_read_to_its_end_in_parts_and_not_when_cut(tmp_path, nam
     cut_in_half(path)
     with pytest.raises(InputError, match=f"{name}' .*(cut off|breaks off|malformed|internal)"):
         read_audio(path)
-    if rate == 16000 and subtype != "OPUS" and name[2:] in ("wav", "aiff", "au", "flac"):
+    if name in ("a.wav", "a.aiff", "a.flac"):
         assert len(read_audio(path, 0.2, 0.9)[0]) == 11200    # that lies before the cut
 
 
@@ -923,50 +852,30 @@ def test_files_joined_in_one_are_named(tmp_path, name, subtype):
 
 
 def without_length(data):
-    """An mp3 without the frame that states its length, or a FLAC as it comes out of a pipe."""
+    """An mp3 without the frame that states its length; a FLAC or WAV as it comes out of a pipe."""
+    if data[:4] == b"RIFF":
+        return data[:40] + b"\xff\xff\xff\xff" + data[44:]
     if data[:4] == b"fLaC":
         return data[:21] + bytes([data[21] & 0xf0]) + bytes(4) + data[26:]
-    following = data.index(data[:2], data.index(b"Xing"))
-    return data[following:]
+    return data[data.index(data[:2], data.index(b"Xing")):]
 
 
-@pytest.mark.parametrize("name", ["a.mp3", "a.flac"])
+@pytest.mark.parametrize("name", ["a.mp3", "a.flac", "a.wav"])
 def test_length_that_no_header_states_is_counted(tmp_path, name):
-    more = {} if name == "a.flac" else {"bitrate_mode": "VARIABLE", "compression_level": 0.5}
+    more = {"bitrate_mode": "VARIABLE", "compression_level": 0.5} if name == "a.mp3" else {}
     samples = noise(20.0).numpy() * np.repeat([0.001, 1], 160000)
     path = wav(tmp_path, name, samples, **more)
-    whole, _ = read_audio(path)
     write(path, without_length(Path(path).read_bytes()))
     wave, _ = read_audio(path)
-    assert abs(len(wave) - len(whole)) < 2000 and Manifest(one_row(path)).lengths[0] > 19.9
+    assert abs(len(wave) - 320000) < 2000 and Manifest(one_row(path)).lengths[0] > 19.9
     assert (read_audio(path, 15, 16)[0] - wave[240000:256000]).abs().max() < 1e-6
-
-
-def test_wav_of_a_stream_states_no_length_and_is_no_cut_file(tmp_path):
-    path = Path(wav(tmp_path, "a.wav", noise(1.0).numpy()))
-    whole = path.read_bytes()
-    for length in (b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"):    # as ffmpeg and sox write it
-        path.write_bytes(whole[:40] + length + whole[44:])
-        assert len(read_audio(str(path))[0]) == 16000
-
-
-@pytest.mark.parametrize("samples, words", [
-    ([0, 1e30], "up to 1e"), ([0, np.nan], "up to nan"), ([0, np.inf], "up to inf"),
-    ([-9830, 9830], "9830.*integers"), ([1.3, -1.2], "")])
-def test_samples_lie_within_a_bit_more_than_one(tmp_path, samples, words):
-    path = wav(tmp_path, "a.wav", np.tile(np.float32(samples), 8000), subtype="FLOAT")
-    if words:
-        with pytest.raises(InputError, match=words):
-            read_audio(path)
-    else:
-        assert len(read_audio(path)[0]) == 16000
 
 
 BAD_CLIPS = {    # file: what the message must say
     "missing.wav": "no file", "empty.wav": "cannot decode", "text.wav": "ffmpeg -i",
     "x.raw": r"cannot decode .*\(no header\)", "talk.sph": "cannot tell whether it is whole",
-    "zero_samples.wav": "no samples", "nan.wav": "nan", "short.wav": "0.02 s",
-    "long.wav": "121.00 s", "cut.flac": "cut.flac",
+    "zero_samples.wav": "no samples", "short.wav": "0.02 s", "long.wav": "121.00 s",
+    "nan.wav": "up to nan", "huge.wav": "up to 1e", "int16.wav": "up to 9830; .* integers",
 }
 
 
@@ -978,14 +887,9 @@ def test_bad_audio_is_refused_with_its_name_in_one_line(bad_clips, name, words):
     assert isinstance(error.value, TooLong) == (name == "long.wav")
 
 
-@pytest.mark.parametrize("seconds, kind", [(0.02, InputError), (121, TooLong)])
-def test_clip_out_of_range_is_refused_by_the_builder(tiny, seconds, kind):
-    with pytest.raises(kind, match=f"{seconds:.2f} s"):
-        build_inputs(tiny, [noise(seconds)], ["?"])
-
-
-def test_segment_beyond_the_end_is_refused(tmp_path):
-    path = wav(tmp_path, "a.wav", noise(2.0).numpy())
+def test_samples_may_go_a_bit_above_one_and_segments_not_beyond_the_end(tmp_path):
+    path = wav(tmp_path, "a.wav", np.tile([1.3, -1.2], 8000), subtype="FLOAT")
+    assert read_audio(path)[0].max() > 1.2
     with pytest.raises(InputError, match="no samples from 3"):
         read_audio(path, 3.0, 4.0)
 
@@ -996,10 +900,9 @@ def test_segment_beyond_the_end_is_refused(tmp_path):
 def test_shipped_clips_all_decode():
     source = Manifest(str(HERE / "assets/clips.jsonl"))
     assert len(source) >= 12 and not source.skipped
-    assert 1 < source.lengths.min() and source.lengths.max() < 15
     for i in range(len(source)):
         row = source.load(i)
-        assert row["wave"].abs().max() > 0.02
+        assert row["wave"].abs().max() > 0.02 and 1 < source.lengths[i] < 15
         choices = row.get("choices", [row["response"]])
         assert any(row["response"].endswith(choice) for choice in choices)
 
@@ -1010,14 +913,11 @@ ROW = {"audio": "a.wav", "prompt": "a", "response": "b"}
 @pytest.mark.parametrize("line, words", [
     *[(json.dumps(ROW | {key: value}), f'"{key}" is missing, empty, taken or of another kind')
       for key, value in [
-          ("seconds", 1e308), ("seconds", "4"), ("seconds", False), ("start", 1e30), ("start", -1),
-          ("start", []), ("end", math.nan), ("end", math.inf), ("wave", [0.1]), ("rate", 8000),
-          ("row", 1), ("audio", ["a.wav"]), ("audio", 3), ("prompt", ["a"]), ("prompt", " "),
-          ("response", None), ("question", ["a"]), ("choices", "yes"), ("choices", [1]),
-          ("choices", [""]), ("task", None)]],
-    *[(json.dumps(ROW | {"more": text}), "surrogates not allowed") for text in ("\ud800", ["\udc00"])],
-    ("[1]", "write one JSON object"), ("not json", "Expecting value"), ("[" * 40000, "recursion"),
-    (b'{"prompt": "\xff"}', "codec can't decode"), (json.dumps(ROW).encode("utf-16"), "codec"),
+          ("seconds", 1e308), ("seconds", "4"), ("seconds", False), ("start", -1), ("end", math.nan),
+          ("wave", [0.1]), ("row", 1), ("audio", ["a.wav"]), ("prompt", " "), ("response", None),
+          ("question", ["a"]), ("choices", "yes"), ("choices", [""]), ("task", None)]],
+    (json.dumps(ROW | {"more": "\ud800"}), "surrogates not allowed"), ("not json", "Expecting value"),
+    ("[1]", "write one JSON object"), ("[" * 40000, "recursion"), (b"\xff", "codec can't decode"),
     ('{"messages": []}', '"prompt" is missing.*data.py convert reads other formats')])
 def test_row_that_cannot_be_used_gives_one_line_with_its_number(tmp_path, line, words):
     line = line if isinstance(line, bytes) else line.encode()
@@ -1030,8 +930,7 @@ def test_row_that_cannot_be_used_gives_one_line_with_its_number(tmp_path, line, 
 
 @pytest.mark.parametrize("name, words", [
     ("none.jsonl", "no manifest .*mmau"), ("empty.jsonl", "no rows"), ("a.parquet", "convert hub"),
-    (".", "convert hub"), ("tones:xyz", "give tones"), ("tones:note:0", "give tones"),
-    ("tones:note:5:5", "give tones")])
+    (".", "convert hub"), ("tones:xyz", "give tones"), ("tones:note:5:5", "give tones")])
 def test_source_that_does_not_exist_is_refused(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     write("empty.jsonl", "\n")
@@ -1042,44 +941,31 @@ def test_source_that_does_not_exist_is_refused(tmp_path, monkeypatch, name, word
 def test_tasks_are_read_in_any_case_and_unknown_ones_named(tmp_path):
     rows = [ROW | {"task": task, "seconds": 1} for task in ("ASR", " asr ", "Poetry")]
     source = Manifest(write_lines(tmp_path / "rows.jsonl", rows))
-    assert source.tasks == {"asr": 2, "poetry": 1} and source[0]["task"] == "asr"
+    assert source[0]["task"] == "asr"
     assert source.about == "3 rows, 0.001 h: 2 asr, 1 poetry (unknown: exact match)"
 
 
-def test_tones_are_the_same_everywhere_and_differ_between_splits():
-    train = Tones("train", 600)
-    heldout = Tones("heldout", 600)
-    assert torch.equal(train.load(7)["wave"], Tones("train", 600).load(7)["wave"])
-    assert not torch.equal(train.load(7)["wave"][:100], heldout.load(7)["wave"][:100])
-
-
-def test_answers_about_tones_are_balanced():
+def test_answers_about_tones_are_balanced_and_splits_differ():
     source = Tones("train", 600)
     answers = {kind: [] for kind in data.DEFAULT_TONES}
     for i in range(600):
         row = source.load(i)
         assert len(row["wave"]) == round(16000 * source.lengths[i]) and row["wave"].abs().max() < 1
-        assert row["response"] in row["choices"]
         answers[row["task"]].append(row["response"])
     for kind, given in answers.items():
         counts = [given.count(answer) for answer in data.TONES[kind][1]]
-        assert min(counts) > 0 and len(counts) == len(set(given))
-        assert max(counts) < 2.2 * len(given) / len(counts)
+        assert min(counts) > 0 and max(counts) < 2.2 * len(given) / len(counts)
+    assert torch.equal(source.load(7)["wave"], Tones("train", 9).load(7)["wave"])
+    assert not torch.equal(source.load(7)["wave"][:99], Tones("heldout", 9).load(7)["wave"][:99])
 
 
-@pytest.mark.parametrize("text, rows", [
-    ("tones", 360), ("tones:note", 60), ("tones:note,louder:5", 10), ("tones::5", 30)])
-def test_synthetic_tones_are_a_source_by_name(text, rows):
-    assert len(open_source(text)) == rows
-    assert open_source(text).load(0)["task"] in text.replace("tones", "louder")
+@pytest.mark.parametrize("text, rows, tasks", [
+    ("tones", 360, 6), ("tones:note", 60, 1), ("tones:note,louder:5", 10, 2), ("tones::5", 30, 6),
+    ("tones:semitone", 60, 1)])    # that one by name alone
+def test_synthetic_tones_are_a_source_by_name(text, rows, tasks):
+    source = open_source(text)
+    assert len(source) == rows and len({source.load(i)["task"] for i in range(10)}) == tasks
     assert len(open_source(text.rstrip(":5"), 7)) == 7    # for training the trainer counts them
-
-
-def test_semitones_are_a_source_by_name_alone():
-    tasks = {row["task"] for row in map(open_source("tones::7").load, range(42))}
-    assert tasks == set(data.TONES) - {"semitone"}
-    row = open_source("tones:semitone").load(0)
-    assert row["prompt"] == "Which pitch class?" and len(row["choices"]) == 12
 
 
 def test_few_labels_are_half_of_a_stage_and_the_rest_only_listens():
@@ -1090,10 +976,6 @@ def test_few_labels_are_half_of_a_stage_and_the_rest_only_listens():
     rows = [source.load(i) for i in range(44)]
     given = Counter((row["task"], row["response"]) for row in rows)
     assert set(given.values()) == {2, 3, 7} and given["unlabelled", "ok"] == 2
-    assert len([answer for _, answer in given]) == 7 + 3 + 1
-
-
-def test_seed_chooses_the_labelled_clips():
     waves = [open_source("tones:note:7", 40, seed).load(0)["wave"] for seed in (1, 1, 2)]
     assert torch.equal(waves[0], waves[1]) and not torch.equal(waves[0], waves[2])
 
@@ -1130,8 +1012,6 @@ def test_copies_of_a_row_go_to_different_steps(rows, distinct):
     source = Clips(np.random.default_rng(0).uniform(1, 30, rows))
     plan = plan_stage(source, 100, 16, seed=1, stage=0)
     assert {len(set(step)) for step in plan.tolist()} == {distinct}
-    counts = np.bincount(plan.ravel())
-    assert max(counts) - min(counts) <= 1
 
 
 @pytest.mark.parametrize("share", [0.05, 0.4])
@@ -1139,28 +1019,25 @@ def test_rows_of_text_are_dealt_evenly_over_the_steps(share):
     rng = np.random.default_rng(0)
     lengths = rng.uniform(1, 30, 8000) * (rng.random(8000) > share)
     plan = plan_stage(Clips(lengths), 500, 16, seed=1, stage=0)
-    of_text = (lengths[plan] == 0).sum(1)
-    for window in of_text.reshape(10, 50):
+    for window in (lengths[plan] == 0).sum(1).reshape(10, 50):
         assert window.max() - window.min() <= 1
     assert len(set(plan.ravel())) == 8000
 
 
 def test_plan_is_a_function_of_rows_seed_and_stage_and_the_same_as_ever():
     source = Clips(np.random.default_rng(0).uniform(1, 30, 640))
-    plan = plan_stage(source, 100, 16, seed=1, stage=0)
-    assert np.array_equal(plan, plan_stage(source, 100, 16, seed=1, stage=0))
-    assert not np.array_equal(plan, plan_stage(source, 100, 16, seed=1, stage=1))
-    assert not np.array_equal(plan, plan_stage(source, 100, 16, seed=2, stage=0))
     tones = open_source("tones:note:7", 800, 3)
-    sums = [zlib.crc32(found.astype("<i4").tobytes()) for found in (
-        plan, plan_stage(tones, 100, 8, 5, 1))]
-    assert sums == [2776585904, 3087509921]    # of commit f8c71a2: a run from then goes on
+    plans = [plan_stage(source, 100, 16, 1, 0), plan_stage(tones, 100, 8, 5, 1),
+             plan_stage(source, 100, 16, 1, 1), plan_stage(source, 100, 16, 2, 0)]
+    sums = [zlib.crc32(plan.astype("<i4").tobytes()) for plan in plans]
+    assert len(set(sums)) == 4
+    assert sums[:2] == [2776585904, 3087509921]    # of commit f8c71a2: a run from then goes on
 
 
 def test_batch_without_audio_has_one_masked_frame_and_targets_of_zero(tiny):
     row = {"prompt": "Say hello.", "response": "hello"}
     (batch,), _ = collate([row, row], tiny.spec, rates=[22050])
-    targets = data.expert_targets({"pitch": teacher("pitch")}, batch)
+    targets = data.expert_targets({"pitch": an_expert("pitch")}, batch)
     assert targets["pitch"].shape == (2, 1, 8 * 264) and not targets["pitch"].any()
     assert tiny(batch).valid.tolist() == [[False], [False]]
 
@@ -1177,10 +1054,9 @@ def test_micro_batch_has_at_most_its_tokens_or_one_row(tiny):
 
 def test_targets_are_made_clip_by_clip(tiny):
     """The level of a clip, its ends and its length are its own, so it must not be padded."""
-    pitch = teacher("pitch")
+    pitch = an_expert("pitch")
     row = {"wave": noise(1.3), "rate": 16000, "prompt": "?", "response": "x"}
-    (batch,), _ = collate([row, row | {"wave": noise(0.4)}], tiny.spec, rates=[22050],
-                          responses=False)
+    (batch,), _ = collate([row, row | {"wave": noise(0.4)}], tiny.spec, [22050], responses=False)
     targets = data.expert_targets({"pitch": pitch}, batch)["pitch"]
     z = pitch(at_rate(noise(0.4), 16000, pitch.sample_rate))
     assert torch.equal(targets[1, :10], resample_frames(z, 10, pitch.frame_rate, pitch.offset))
@@ -1194,21 +1070,14 @@ def test_what_the_header_tells_keeps_a_row_out_of_the_plan_and_the_rest_out_of_i
     source = Manifest(rows_about(tmp_path, bad_clips, *names))
     assert [(i, type(error)) for i, error in source.skipped] == [(2, TooLong), (3, InputError)]
     assert set(plan_stage(source, 5, 2, 0, 0).ravel()) == {0, 1}
-    (batch,), skipped = collate([Rows(source)[i] for i in range(4)], tiny.spec)
+    rows = [Rows(source)[i] for i in range(4)]
+    rows += [rows[1] | {"response": THINK, "row": 7}, rows[1] | {"rate": 44099}]
+    (batch,), skipped = collate(rows, tiny.spec)
     assert [row["row"] for row in batch["rows"]] == [1] and batch["seconds"] == 1.0
-    assert [type(error) for error in skipped] == [InputError, TooLong, InputError]
-    (idle,), _ = collate([Rows(source)[0]], tiny.spec)
+    assert [type(error) for error in skipped] == [InputError, TooLong, *[InputError] * 3]
+    assert "row 7" in str(skipped[3]) and "44099" in str(skipped[4])
+    (idle,), _ = collate(rows[:1], tiny.spec)
     assert idle["rows"] == [] and (idle["labels"] == IGNORE).all()
-
-
-def test_reserved_tokens_and_odd_rates_leave_a_row_out_of_its_batch(coat):
-    row = {"wave": noise(1.0), "rate": 16000, "prompt": "what?", "response": "it"}
-    for token in (coat.backbone.audio_token, THINK):
-        rows = [row | {"response": token, "row": 7}, row, row | {"rate": 44099}]
-        (batch,), skipped = collate(rows, coat.spec)
-        assert len(batch["rows"]) == 1
-        reserved, odd = map(str, skipped)
-        assert "row 7" in reserved and "44099" in odd
 
 
 def test_large_batch_comes_through_few_open_files(tmp_path):
@@ -1225,14 +1094,13 @@ def test_large_batch_comes_through_few_open_files(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# data.py: mixtures
+# data.py: mixtures, check
 
 MIXTURE = """// shares as in the paper
 {"groups": {
   // two sources, one of them small
   "asr": {"share": 3, "sources": ["a.jsonl", {"rows": "deep/b.jsonl", "max_epochs": 2}]},
   "caption": {"share": 2, "sources": ["c.jsonl"]},
-    // no audio
   "text": {"share": 1, "sources": ["t.jsonl"]}},
  "max_epochs": 4, "rows": 600}
 """
@@ -1251,42 +1119,28 @@ def draw(source, n, seed=0, stage=0):
     return source.draw(n, np.random.default_rng([seed, stage]))
 
 
-def per_source(mixture, rows):
-    ends = zip(mixture.first, mixture.first[1:])
-    return [int(((begin <= rows) & (rows < end)).sum()) for begin, end in ends]
-
-
 @pytest.mark.parametrize("n, counts", [
     (120, [30, 30, 40, 20]),       # 3 : 2 : 1, sources of a group alike
     (600, [220, 80, 200, 100]),    # deep/b has 40 rows, twice; the rest goes to its group
     (2400, [1192, 80, 848, 280]),  # text has 4 * 70, the rest goes to other groups
     (3560, [2000, 80, 1200, 280])])
 def test_mixture_gives_shares_and_what_is_capped_to_the_others(mixture, n, counts):
-    assert per_source(mixture, draw(mixture, n)) == mixture.counts(n).tolist() == counts
-    times = np.bincount(draw(mixture, n, 3, 1), minlength=len(mixture))
-    for begin, end, cap in zip(mixture.first, mixture.first[1:], (4, 2, 4, 4)):
-        assert times[begin:end].max() - times[begin:end].min() <= 1    # k or one more times
-        assert times[begin:end].max() <= cap
-
-
-def test_mixture_that_is_used_up_is_refused(mixture):
+    assert mixture.counts(n).tolist() == counts
+    drawn = draw(mixture, n, 3, 1)
+    assert np.array_equal(drawn, draw(mixture, n, 3, 1))
+    assert not np.array_equal(drawn, draw(mixture, n, 3, 2))
+    times = np.bincount(drawn, minlength=len(mixture))
+    for begin, end, cap, count in zip(mixture.first, mixture.first[1:], (4, 2, 4, 4), counts):
+        of_source = times[begin:end]
+        assert of_source.sum() == count
+        assert of_source.max() - of_source.min() <= 1 and of_source.max() <= cap
     with pytest.raises(InputError, match="3561 rows, but .* has 3560 under its max_epochs"):
         draw(mixture, 3561)
-
-
-def test_mixture_is_drawn_by_seed_and_stage_alone(mixture):
-    plan = plan_stage(mixture, 50, 12, 7, 1)
-    draw(mixture, 99)
-    assert np.array_equal(plan, plan_stage(mixture, 50, 12, 7, 1)) and plan.shape == (50, 12)
-    drawn = draw(mixture, 600, 7, 1)
-    assert np.array_equal(np.sort(plan.ravel()), np.sort(drawn))
-    assert not np.array_equal(drawn, draw(mixture, 600, 7, 2))
 
 
 def test_rows_are_in_order_and_paths_relative_to_their_manifest(mixture, tmp_path):
     tasks = ["a"] * 500 + ["deep/b"] * 40 + ["c"] * 300 + ["text"] * 70
     assert [row["task"] for row in mixture] == tasks
-    assert mixture[500]["audio"] == str(tmp_path / "deep/0.wav")
     wav(tmp_path / "deep", "0.wav", np.zeros(16000))
     assert len(mixture.load(500)["wave"]) == 16000
     assert "no file" in str(Rows(mixture)[501]) and isinstance(Rows(mixture)[501], InputError)
@@ -1294,20 +1148,16 @@ def test_rows_are_in_order_and_paths_relative_to_their_manifest(mixture, tmp_pat
     assert row["audio"] is None and "wave" not in row and mixture.lengths[845] == 0
 
 
-def test_unusable_rows_are_never_drawn(mixture, tmp_path):
+def test_unusable_rows_are_never_drawn_and_a_group_of_them_leaves_its_share(mixture, tmp_path):
     row = {"prompt": "?", "response": "x"}
     rows = [row | {"audio": "none.wav"}]
     rows += [row | {"audio": "x.wav", "seconds": seconds} for seconds in (0, 5, 121, 6)]
     write(tmp_path / "c.jsonl", "\n\n".join(map(json.dumps, rows)))    # an empty line is no row
-    source = Mixture(str(tmp_path / "mixture.json"))
+    source = Mixture(mixture.path)
     kinds = {i: type(error) for i, error in source.skipped}
     assert kinds == {540: InputError, 541: InputError, 543: TooLong}
-    assert [len(rows) for rows in source.usable] == [500, 40, 2, 70]
     times = np.bincount(draw(source, 300), minlength=len(source))
     assert times[540:545].tolist() == [0, 0, 4, 0, 4]
-
-
-def test_group_without_a_usable_row_leaves_its_share(mixture, tmp_path):
     jsonl(tmp_path / "c.jsonl", 1, audio="none.wav", seconds=None)
     assert Mixture(mixture.path).counts(240).tolist() == [100, 80, 0, 60]
     write(mixture.path, MIXTURE.replace('"share"', '"draw": "by size", "share"'))
@@ -1331,13 +1181,11 @@ def test_allot_sums_to_n_and_keeps_caps_and_proportions():
 
 
 @pytest.mark.parametrize("old, new", [
-    ("3,", "3"), *[('"share": 3', f'"share": {share}') for share in ("0", "-1", '"a"', "[3]", "NaN")],
+    ("3,", "3"), *[('"share": 3', f'"share": {share}') for share in ("0", '"a"', "[3]", "NaN")],
     ('"share": 3', '"shares": 3'), ('["c.jsonl"]', "[]"), ('"text"', '"asr"'), ('"c.jsonl"', "3"),
     ('"max_epochs": 4', '"epochs": 4'), ('"max_epochs": 4', '"max_epochs": 0'),
-    ('"share": 2', '"share": 2, "draw": "alike"'), ('"c.jsonl"', '"no.jsonl"'),
-    ('"rows": 600', '"rows": "x"'), (MIXTURE, "[]"), (MIXTURE, "3"), (MIXTURE, '{"groups": {}}')])
+    ('"share": 2', '"share": 2, "draw": "alike"'), ('"c.jsonl"', '"no.jsonl"'), (MIXTURE, "[]")])
 def test_bad_mixture_is_refused_in_one_line(mixture, old, new):
-    assert MIXTURE.count(old) >= 1
     write(mixture.path, MIXTURE.replace(old, new, 1))
     with pytest.raises(InputError, match="mixture.json|no manifest") as error:
         Mixture(mixture.path)
@@ -1353,29 +1201,21 @@ def test_shipped_mixture_is_one_and_names_what_convert_writes(tmp_path):
     assert len(Mixture(write(tmp_path / "mixture.json", text))) == 3 * len(names)
 
 
-# --------------------------------------------------------------------------------------------------
-# data.py: check
-
-def test_check_prints_each_source_and_what_a_stage_draws(mixture, capsys):
+def test_check_says_what_a_stage_draws_and_what_training_skips(mixture, tmp_path, capsys):
     assert data.check(SimpleNamespace(path=mixture.path, quick=True)) is False
     text = capsys.readouterr().out
-    assert "910 rows" in text and "a stage of 600 rows" in text and "0 would be skipped" in text
+    assert "910 rows" in text and "0 would be skipped" in text and "asr (asked: 50.00%)" in text
     line, = [line for line in text.splitlines() if "deep/b.jsonl" in line]
     assert line.split()[:4] == ["40", "13.33%", "80", "2.00"]
-    assert "asr (asked: 50.00%)" in text
 
-
-def test_check_finds_what_training_skips(tiny, tmp_path, capsys):
     wav(tmp_path, "good.wav", noise(1.0).numpy())
     wav(tmp_path, "nan.wav", np.full(16000, np.nan), subtype="FLOAT")
-    wav(tmp_path, "odd.wav", noise(1.0).numpy(), 44099)
     cut_in_half(wav(tmp_path, "cut.wav", noise(1.0).numpy()))
     row = {"prompt": "?", "response": "x"}
-    rows = [row | {"audio": f"{name}.wav"} for name in ("good", "nan", "odd", "cut", "none")]
-    rows += [row | {"audio": "cut.wav", "seconds": 1}, row | {"audio": "good.wav", "start": 2}]
-    rows += [row | {"prompt": f"a {THINK}"}, row | {"response": THINK_END}]
+    rows = [row | {"audio": f"{name}.wav"} for name in ("good", "nan", "cut", "none")]
+    rows += [row | {"audio": "cut.wav", "seconds": 1}, row | {"prompt": f"a {THINK}"}]
     path = write_lines(tmp_path / "rows.jsonl", rows)
-    for quick, found in ((False, {1, 2, 3, 4, 5, 6, 7, 8}), (True, {3, 4, 6})):
+    for quick, found in ((False, {1, 2, 3, 4, 5}), (True, {2, 3})):
         assert data.check(SimpleNamespace(path=path, quick=quick)) is True
         text = capsys.readouterr().out
         assert {int(i) for i in re.findall(r"rows.jsonl, row (\d+): ", text)} == found
@@ -1383,7 +1223,7 @@ def test_check_finds_what_training_skips(tiny, tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# data.py: benchmarks. Each name, its columns on the hub beside the clip, and what its row has.
+# data.py: benchmarks
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 MMAR = ("Listen to the audio and answer the following multiple-choice question. Respond with only "
@@ -1392,12 +1232,10 @@ MMSU = ("Listen to the audio and answer the following question.\n\nQuestion: Whi
         "A. x\nB. y\nC. z\nD. {w}\n\nAnswer with the letter (A, B, C, or D) only.")
 ASR = "Please recognize the speech and only output the recognized content:"
 FOUR = {"question": "Which?", "choice_a": "x", "choice_b": "y", "choice_c": "z", "choice_d": "{w}"}
-TWO = FOUR | {"choice_c": None, "choice_d": None}
 AIR = "Which?\nA. x\nB. y\nC. None\nD. None\n" + LETTER
-BENCHMARKS = [    # prompt, response, limit, further keys
+BENCHMARKS = [    # name, columns beside the clip, prompt, response, limit of tokens, further keys
     ("mmau", {"question": "Who?", "choices": '["Man", "Woman"]', "answer": "Woman"},
-     "Who?\nA. Man\nB. Woman" + LETTER, "B. Woman", 128,
-     {"choices": ["Man", "Woman"], "rule": "lmms-1"}),
+     "Who?\nA. Man\nB. Woman" + LETTER, "B. Woman", 128, {"rule": "lmms-1"}),
     ("mmar", {"question": "Which?", "choices": ["A. D", "B. A"], "answer": "A"},
      MMAR, "A. D", 128, {"choices": ["D", "A"], "rule": "lmms-2"}),
     ("mmsu", FOUR | {"answer": "D"}, MMSU, "D. {w}", 256, {"rule": "lmms-2"}),
@@ -1408,8 +1246,8 @@ BENCHMARKS = [    # prompt, response, limit, further keys
      {"question": "Name one.", "task": "spoken_instruction"}),
     ("wavcaps", {"instruction": "Describe {it}.", "answer": "Rain."}, "Describe {it}.", "Rain.",
      1024, {"task": "caption"}),
-    *[(f"air_bench-{part}", TWO | {"answer_gt": answer}, AIR, response, 256,
-       {"choices": ["x", "y"], "rule": "lmms-1"}) for part, answer, response in (
+    *[(f"air_bench-{part}", FOUR | {"choice_c": None, "choice_d": None, "answer_gt": answer}, AIR,
+       response, 256, {"choices": ["x", "y"], "rule": "lmms-1"}) for part, answer, response in (
            ("speech", "y", "B. y"), ("sound", "y", "B. y"), ("music", "neither", "neither"))],
     ("vocalsound", {"answer": "Throat clearing", "spk_id": "f1"},
      "Which vocal sound is it?\nA. Laughter\nB. Sniff\nC. Throat clearing\nD. Cough\nE. Sigh\n"
@@ -1421,11 +1259,9 @@ BENCHMARKS = [    # prompt, response, limit, further keys
     ("meld", {"answer": "joy"}, "Which emotion does the speaker express?\nA. neutral\nB. joy\n"
      "C. sadness\nD. anger\nE. surprise\nF. fear\nG. disgust" + LETTER, "B. joy", 20,
      {"prompt_is_ours": True}),
-    ("librispeech-clean", {"gt": "HELLO"}, ASR, "HELLO", 256, {"wer": "whisper+basic"}),
-    ("librispeech-other", {"gt": "HELLO"}, ASR, "HELLO", 256, {"wer": "whisper+basic"}),
-    ("common_voice", {"sentence": "Hello."}, ASR, "Hello.", 256, {"wer": "whisper+basic"}),
-    ("gigaspeech", {"gt": "HELLO <COMMA> <NOISE> YOU"}, ASR, "HELLO <COMMA> YOU", 256,
-     {"wer": "whisper"}),
+    *[(name, {column: "HI"}, ASR, "HI", 256, {"wer": "whisper+basic"}) for name, column in (
+        ("librispeech-clean", "gt"), ("librispeech-other", "gt"), ("common_voice", "sentence"))],
+    ("gigaspeech", {"gt": "A <COMMA> <NOISE> B"}, ASR, "A <COMMA> B", 256, {"wer": "whisper"}),
     ("voxpopuli", {"normalized_text": ""}, "Please transcribe the following audio in en.", "",
      2048, {"wer": "rows"}),
     ("spgispeech", {"text": "Hi."}, ASR, "Hi.", 512,
@@ -1440,12 +1276,10 @@ def own_cache(tmp_path, monkeypatch):
 
 def parquet(path, *rows, column="audio"):
     """Rows as the hub stores them, with a FLAC of 1 s, 1.5 s .. in each."""
-    clips = []
-    for i in range(len(rows)):
-        clip = wav(path.parent, f"{i}.flac", noise(1 + i / 2, i).numpy())
-        clips.append({"bytes": Path(clip).read_bytes(), "path": f"{i}.flac"})
+    clips = [wav(path.parent, f"{i}.flac", noise(1 + i / 2, i).numpy()) for i in range(len(rows))]
     table = {key: [row[key] for row in rows] for key in rows[0]}
-    datasets.Dataset.from_dict(table | {column: clips}).to_parquet(str(path))
+    table[column] = [{"bytes": Path(clip).read_bytes(), "path": clip} for clip in clips]
+    datasets.Dataset.from_dict(table).to_parquet(str(path))
     return path
 
 
@@ -1463,41 +1297,32 @@ def test_benchmark_gives_the_prompt_reference_and_limit_of_lmms_eval(
     assert torch.equal(source.load(0)["wave"], read_audio(str(tmp_path / "0.flac"))[0])
 
 
-def test_families_hold_the_benchmarks_of_table_1():
-    given = Counter(spec["family"] for spec in data.BENCHMARKS.values())
-    assert dict(zip(data.FAMILIES, (6, 3, 3, 2, 7))) == given
-
-
 def test_benchmark_leaves_out_references_of_tags_alone_and_answers_that_are_no_choice(tmp_path):
     path = parquet(tmp_path / "x.parquet", *({"gt": gt} for gt in (
         "YES", "<MUSIC>", "<NOISE> <PERIOD>", "<OTHER> NO")))
     source = open_source(f"gigaspeech={path}")
     assert [i for i, _ in source.skipped] == [1, 2] and len(source) == 4
-    assert plan_stage(source, 2, 2, 0, 0).max() == 3
     path = parquet(tmp_path / "y.parquet", {"answer": "bored"}, column="context")
     assert "none of the choices" in str(open_source(f"meld={path}").skipped[0][1])
 
 
 def test_benchmark_lies_in_files_or_a_folder_of_save_to_disk(tmp_path):
-    rows = [{"gt": str(i)} for i in range(2)]
-    for place in ("en/librispeech_test_clean-0", "en/librispeech_test_other-0"):
-        (tmp_path / "hub/en").mkdir(parents=True, exist_ok=True)
-        parquet(tmp_path / f"hub/{place}.parquet", *rows)
+    (tmp_path / "hub/en").mkdir(parents=True)
+    for name in ("clean", "other"):
+        parquet(tmp_path / f"hub/en/librispeech_test_{name}-0.parquet", {"gt": "0"}, {"gt": "1"})
     table = datasets.load_dataset("parquet", data_files=f"{tmp_path}/hub/en/*clean*.parquet")
     table.save_to_disk(tmp_path / "saved")    # {"train": ..}
     table["train"].save_to_disk(tmp_path / "one")
     first = data.fingerprint(open_source(f"librispeech-clean={tmp_path}/hub"))
     for place in ("hub/en/*clean-0.parquet", "saved", "one"):
         source = open_source(f"librispeech-clean={tmp_path}/{place}")
-        assert len(source) == 2 and data.fingerprint(source) == first
-        assert len(source.load(1)["wave"]) == 24000
+        assert data.fingerprint(source) == first and len(source.load(1)["wave"]) == 24000
     with pytest.raises(InputError, match="2 parquet files and none of the split test_mini"):
         open_source(f"mmau={tmp_path}/hub")
-    with pytest.raises(KeyError, match="sentence"):
-        open_source(f"common_voice={tmp_path}/one")
 
 
-def test_benchmark_is_asked_of_the_hub_in_its_revision(monkeypatch, tmp_path):
+def test_benchmark_is_asked_of_the_hub_in_its_revision_or_read_from_its_makers_folder(
+        monkeypatch, tmp_path):
     asked = []
     table = datasets.load_dataset("parquet", data_files=str(
         parquet(tmp_path / "x.parquet", {"gt": "a", "normalized_text": "a"})), split="train")
@@ -1512,8 +1337,6 @@ def test_benchmark_is_asked_of_the_hub_in_its_revision(monkeypatch, tmp_path):
         (("facebook/voxpopuli", None), {"split": "test", "revision": "refs/convert/parquet",
                                         "data_files": {"test": "en/test/*.parquet"}})]
 
-
-def test_benchmark_without_a_hub_is_read_from_its_makers_folder(tmp_path):
     iemocap(tmp_path / "full", 5, ["ang", "xxx", "exc"], wav(tmp_path, "a.wav", noise(1.0).numpy()))
     source = open_source(f"iemocap={tmp_path}/full")
     assert [row["response"] for row in source] == ["A. angry", "B. happy"]
@@ -1526,147 +1349,82 @@ def test_benchmark_without_a_hub_is_read_from_its_makers_folder(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# data.py: corpora. Name; files as its makers lay them out (of audio the name alone); splits; task;
-# the rows wanted: audio, response, what else they hold (a prompt where it is the row's own
-# question); what is told.
+# data.py: corpora
 
-LIBRISPEECH = "dev-clean/84/121123/84-121123"
-LIBRISQA = "LibriSpeech/train-clean-360/100/121669/100-121669-0000.flac"
-LIBRISQA_ROW = {"speech_path": "x/100-121669-0000.wav", "text": "TOM", "duration": 15.65}
-GIGASPEECH = {"audio/POD1.opus": "", "GigaSpeech.json": json.dumps({"audios": [
-    {"path": "audio/POD1.opus", "segments": [
-        {"text_tn": text, "begin_time": begin, "end_time": begin + 2.5, "subsets": subsets}
-        for text, begin, subsets in (
-            ("AS THEY'RE LEAVING <COMMA> CAN YOU <QUESTIONMARK>", 1.0, ["{XL}", "{L}"]),
-            ("<MUSIC>", 4, ["{XL}"]), ("<NOISE> <PERIOD>", 5, ["{XL}"]),
-            ("YES <EXCLAMATIONPOINT> <OTHER> NO <PERIOD>", 7.25, ["{XL}"]),
-            ("TEST", 9, ["{TEST}"]))]}]})}
-GIGASPEECH_ROWS = [("audio/POD1.opus", text, {"start": start, "end": start + 2.5, "seconds": 2.5})
-                   for text, start in (("as they're leaving, can you?", 1.0), ("yes! no.", 7.25))]
+GIGASPEECH = {"audio/1.opus": "", "GigaSpeech.json": json.dumps({"audios": [
+    {"path": "audio/1.opus", "segments": [
+        {"text_tn": text, "begin_time": 1.0, "end_time": 3.5, "subsets": subsets}
+        for text, subsets in (("THEY'RE LEAVING <COMMA> CAN YOU <QUESTIONMARK>", ["{XL}", "{L}"]),
+                              ("<NOISE> <PERIOD>", ["{XL}"]), ("TEST", ["{TEST}"]))]}]})}
 STM = """;; "O" "Overall" "Overall"
 sw_4390 A sw_4390_A 0.00 3.10 <O,sw,M,sw-M> IGNORE_TIME_SEGMENT_IN_SCORING
 sw_4390 A sw_4390_A 3.10 5.35 <O,sw,M,sw-M> (%HESITATION) WELL I (TH-) THINK <B_ASIDE> SO
 sw_4390 B inter_segment_gap 0.00 5.35 <O,sw,F,sw-F>
-en_4156 B en_4156_B 357.64 359.64 <O,en,F,en-F>  HE IS A POLICE OFFICER
 """
-EVAL2000 = {"reference/hub5e00.english.000405.stm": STM, "wav/sw_4390-A.wav": "",
-            "wav/sw_4390-B.wav": "", "wav/en_4156-B.wav": ""}
-EVAL2000_ROWS = [
-    ("wav/sw_4390-A.wav", "well i think so",
-     {"start": 3.1, "end": 5.35, "seconds": 2.25, "speaker": "sw_4390_A"}),
-    ("wav/en_4156-B.wav", "he is a police officer",
-     {"start": 357.64, "end": 359.64, "seconds": 2.0, "speaker": "en_4156_B"})]
 MS98 = """sw2001A-ms98-a-0001 0.000000 0.977625 [silence]
-sw2001A-ms98-a-0002 0.977625 11.561375 hi um yeah [laughter-i'd] like {coined} the[_1] th[e]- [noise]
-sw2001A-ms98-a-0003 11.6 12.6 <b_aside> a [splace/space] the_1 <e_aside>
+sw2001A-ms98-a-0002 1.0 3.5 hi [laughter-i'd] like {coined} the[_1] th[e]- [noise] [splace/space] a_1
 """
-WAVCAPS = json.dumps({"data": [{"id": "2219", "caption": "A plane.", "duration": 14.1424375},
-                               {"id": "2218", "caption": "A bell.", "duration": 1.5}]})
-CORPORA = [
-    ("librispeech", {
-        **{f"{folder}{LIBRISPEECH}-000{i}.flac": "" for i in range(2) for folder in ("",)},
-        f"{LIBRISPEECH}.trans.txt": "84-121123-0000 GO DO YOU HEAR\n84-121123-0001 BUT IN LESS\n"
-                                    "84-121123-0002 GONE\n",
-    }, ["dev-clean"], "asr", [(f"{LIBRISPEECH}-0000.flac", "go do you hear", {}),
-                              (f"{LIBRISPEECH}-0001.flac", "but in less", {})],
+SEGMENT = {"start": 1.0, "end": 3.5, "seconds": 2.5}
+LIBRISQA = "LibriSpeech/train-clean-360/100/121669/100-121669-0000.flac"
+LIBRISQA_ITEMS = [{"speech_path": "x/100-121669-0000.wav", "duration": 15.65, "answer": "B",
+                   "question_and_option": text} for text in (
+    "Who is A. Tom?\nA. A son B. A king\nC) None D: All of the above", "What?")]
+CORPORA = [    # name; files as its makers lay them out; [(audio, response, further keys)]; what is told
+    ("librispeech", {"train-clean-100/84/1/84-1-0000.flac": "", "train-clean-100/84/1/84-1.trans.txt":
+                     "84-1-0000 GO DO YOU HEAR\n84-1-0002 GONE\n"},
+     [("train-clean-100/84/1/84-1-0000.flac", "go do you hear", {})],
      "1 left out, 1 no audio file"),
-    ("common_voice", {
-        "clips/1.mp3": "", "clips/2.mp3": "",
-        "train.tsv": 'client_id\tpath\tsentence\tlocale\nx\t1.mp3\t"Well, é," he said.\tde\n'
-                     "y\t2.mp3\t \tde\n",
-    }, None, "asr", [("clips/1.mp3", '"Well, é," he said.', {"language": "de"})],
+    ("common_voice", {"clips/1.mp3": "", "clips/2.mp3": "", "train.tsv":
+                      'path\tsentence\tlocale\n1.mp3\t"Well, é," he said.\tde\n2.mp3\t \tde\n'},
+     [("clips/1.mp3", '"Well, é," he said.', {"language": "de"})], "1 left out, 1 empty text"),
+    ("gigaspeech", GIGASPEECH, [("audio/1.opus", "they're leaving, can you?", SEGMENT)],
+     "2 left out, 1 empty text, 1 with another subsets"),
+    ("spgispeech", {"spgispeech/train/13aa/12.wav": "", "train.csv":
+                    'wav_filename|wav_filesize|transcript\n13aa/12.wav|333|Daniel, how "do we?\n'},
+     [("spgispeech/train/13aa/12.wav", 'Daniel, how "do we?', {})], "0 left out"),
+    ("switchboard", {"swb_ms98_transcriptions/20/2001/sw2001A-ms98-a-trans.text": MS98,
+                     "wav/sw02001-A.wav": ""},
+     [("wav/sw02001-A.wav", "hi i'd like coined space a", SEGMENT | {"speaker": "2001A"})],
      "1 left out, 1 empty text"),
-    ("gigaspeech", GIGASPEECH, None, "asr", GIGASPEECH_ROWS,
-     "3 left out, 2 empty text, 1 with another subsets"),
-    ("gigaspeech", GIGASPEECH, ["L"], "asr", GIGASPEECH_ROWS[:1],
-     "4 left out, 4 with another subsets"),
-    ("voxpopuli", {
-        "transcribed_data/en/2018/2018-x_4.ogg": "",
-        "transcribed_data/en/asr_train.tsv":
-            'id\traw_text\tnormalized_text\n2018-x_4\tSo, "we" agree.\tso "we agree\n',
-    }, None, "asr", [("transcribed_data/en/2018/2018-x_4.ogg", 'so "we agree', {})], "0 left out"),
-    *[("spgispeech", {
-        f"{folder}/13aa/12.wav": "",
-        "train.csv": "wav_filename|wav_filesize|transcript\n13aa/12.wav|333|Daniel, how \"do we?\n",
-    }, None, "asr", [(f"{folder}/13aa/12.wav", 'Daniel, how "do we?', {})], "0 left out")
-        for folder in ("train", "spgispeech/train")],
-    ("switchboard", {
-        "swb_ms98_transcriptions/20/2001/sw2001A-ms98-a-trans.text": MS98,
-        "wav/sw02001-A.wav": ""}, None, "asr", [
-        ("wav/sw02001-A.wav", text, {"start": start, "end": end, "seconds": seconds,
-                                     "speaker": "2001A"}) for text, start, end, seconds in (
-            ("hi um yeah i'd like coined", 0.978, 11.561, 10.583), ("a space the", 11.6, 12.6, 1))],
+    ("eval2000", {"reference/hub5e00.english.000405.stm": STM, "wav/sw_4390-A.wav": "",
+                  "wav/sw_4390-B.wav": ""},
+     [("wav/sw_4390-A.wav", "well i think so", {"start": 3.1, "end": 5.35, "seconds": 2.25,
+                                                "speaker": "sw_4390_A"})],
      "1 left out, 1 empty text"),
-    ("eval2000", EVAL2000, None, "asr", EVAL2000_ROWS, "1 left out, 1 empty text"),
-    ("eval2000", EVAL2000, ["callhome"], "asr", EVAL2000_ROWS[1:], "0 left out"),
-    ("audiocaps", {
-        "train/91139.ogg": "", "train/UDGBjjwyaqE_20.wav": "",
-        "train.csv": "audiocap_id,youtube_id,start_time,caption\n"
-                     '91139,r1nicOVtvkQ,130,"A woman talks, water pours"\n'
-                     "58146,UDGBjjwyaqE,20,Clanging\n1,gone,0,Gone\n",
-    }, None, "caption", [("train/91139.ogg", "A woman talks, water pours", {}),
-                         ("train/UDGBjjwyaqE_20.wav", "Clanging", {})],
-     "1 left out, 1 no audio file"),
-    ("audiocaps_qa", {
-        "test/91139.wav": "",
-        "test.csv": "audiocap_id,youtube_id,start_time,caption\n91139,x,1,Rain\n",
-    }, ["test"], "qa", [("test/91139.wav", "Rain", {
-        "prompt": "Answer the question about the audio. What is happening?"})], "0 left out"),
-    ("clotho", {
-        "development/Señal 1.wav": "",
-        "clotho_captions_development.csv":
-            "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
-            'Señal 1.wav,"One, two.",Two.,Three.,Four.,Five.\n'.encode("latin-1"),
-    }, None, "caption", [("development/Señal 1.wav", caption, {})
-                         for caption in ("One, two.", "Two.", "Three.", "Four.", "Five.")],
-     "0 left out"),
-    ("clotho_aqa", {
-        "audio_files/rain.wav": "",
-        "clotho_aqa_train.csv": "file_name,QuestionText,answer\nrain.wav,Is {it} raining?,yes\n",
-    }, None, "qa", [("audio_files/rain.wav", "yes", {"prompt": "Is {it} raining?"})], "0 left out"),
-    ("wavcaps", {"SoundBible_flac/2219.flac": "", "json_files/SoundBible/sb_final.json": WAVCAPS},
-     ["SoundBible"], "caption", [("SoundBible_flac/2219.flac", "A plane.", {"seconds": 14.142})],
-     "1 left out, 1 no audio file"),
-    ("librisqa_part1", {LIBRISQA: "", "LibriSQA-PartI/LibriSQA-PartI-train.json": json.dumps([
-        LIBRISQA_ROW | {"question": "Who?", "answer": "Tom."}])},
-     None, "qa", [(LIBRISQA, "Tom.", {"prompt": "Who?", "seconds": 15.65})], "0 left out"),
-    ("librisqa_part2", {LIBRISQA: "", "LibriSQA-PartII/LibriSQA-PartII-train.json": json.dumps([
-        LIBRISQA_ROW | {"answer": "B", "question_and_option": text} for text in (
-            "Who is A. Tom?\nA. A son B. A king\nC) None D: All of the above", "What?")])},
-     None, "mcq", [(LIBRISQA, "B. A king", {
+    ("audiocaps", {"train/UDGBj_20.wav": "", "train.csv": "audiocap_id,youtube_id,start_time,caption\n"
+                   '91139,UDGBj,20,"A woman talks, water pours"\n'},
+     [("train/UDGBj_20.wav", "A woman talks, water pours", {})], "0 left out"),
+    ("clotho", {"development/Señal 1.wav": "", "clotho_captions_development.csv":
+                "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+                'Señal 1.wav,"One, two.",Two.,Three.,Four.,Five.\n'.encode("latin-1")},
+     [("development/Señal 1.wav", text, {}) for text in (
+         "One, two.", "Two.", "Three.", "Four.", "Five.")], "0 left out"),
+    ("librisqa_part2", {LIBRISQA: "", "LibriSQA-PartII/LibriSQA-PartII-train.json":
+                        json.dumps(LIBRISQA_ITEMS)},
+     [(LIBRISQA, "B. A king", {
          "prompt": "Who is A. Tom? A. A son B. A king C. None D. All of the above",
          "choices": ["A son", "A king", "None", "All of the above"], "seconds": 15.65})],
      "1 left out, 1 with another question_and_option"),
-    ("musicbench", {
-        "datashare/data_aug2/-0SdAVK79lg_1.wav": "",
-        "MusicBench_train.json": '{"main_caption": "A guitar {solo}.", '
-                                 '"location": "data_aug2/-0SdAVK79lg_1.wav"}\n',
-    }, None, "music", [("datashare/data_aug2/-0SdAVK79lg_1.wav", "A guitar {solo}.", {})],
-     "0 left out"),
     ("gsqa", {"0.wav": "", "train.jsonl": json.dumps(
         {"output": "Mars.", "input_audio": "0.wav", "speech_input": "Name a planet."})},
-     None, "spoken_instruction", [("0.wav", "Mars.", {"question": "Name a planet."})], "0 left out"),
-    ("wildjailbreak", {
-        "train/train.tsv": "vanilla\tadversarial\tcompletion\n"
-                           'How do I kill a process?\t\t"Use ""kill"".\nThen wait."\n'
-                           "plain\tImagine {x}\tNo.\n",
-    }, None, "text", [(None, 'Use "kill".\nThen wait.', {"prompt": "How do I kill a process?"}),
-                      (None, "No.", {"prompt": "Imagine {x}"})], "0 left out"),
+     [("0.wav", "Mars.", {"question": "Name a planet."})], "0 left out"),
+    ("wildjailbreak", {"train/train.tsv": "vanilla\tadversarial\tcompletion\n"
+                       'How do I kill a process?\t\t"Use ""kill"".\nThen wait."\n'
+                       "plain\tImagine {x}\tNo.\n"},
+     [(None, 'Use "kill".\nThen wait.', {"prompt": "How do I kill a process?"}),
+      (None, "No.", {"prompt": "Imagine {x}"})], "0 left out"),
 ]
 
 
-@pytest.mark.parametrize("name, files, splits, task, wanted, told", CORPORA)
-def test_corpus_is_read_as_its_makers_lay_it_out(
-        tmp_path, capsys, name, files, splits, task, wanted, told):
+@pytest.mark.parametrize("name, files, wanted, told", CORPORA)
+def test_corpus_is_read_as_its_makers_lay_it_out(tmp_path, capsys, name, files, wanted, told):
     root = tmp_path / "cor[p]us"
     lay_out(root, files)
-    rows, counts = convert(capsys, name, root, splits)
+    rows, counts = convert(capsys, name, root, data.CORPORA[name]["splits"][:1])
     for row, (audio, response, more) in zip(rows, wanted, strict=True):
-        question = more.get("prompt", "")
-        prompts = [wording.format(question).strip() for wording in data.WORDINGS[row["task"]]]
-        assert row["prompt"] in [*prompts, question]
-        want = {"audio": audio and str(root / audio), "response": response, "task": task} | more
-        assert row == want | {"prompt": row["prompt"]}
+        want = {"audio": audio and str(root / audio), "response": response} | more
+        assert row["prompt"] in [more.get("prompt"), *data.WORDINGS[row["task"]]]
+        assert row == want | {key: row[key] for key in ("prompt", "task")}
     assert counts == f"{name}: {len(wanted)} rows, {told}"
 
 
@@ -1676,53 +1434,40 @@ def assert_choices(rows, answers, choices):
         assert sorted(row["choices"]) == sorted(choices)
         assert row["response"] == lettered[row["choices"].index(answer)]
         assert row["prompt"].endswith(("? " + " ".join(lettered), "voice. " + " ".join(lettered)))
-        assert row["task"] == "mcq"
 
 
-def test_emotions_are_four_letters_balanced_and_always_the_same(tmp_path, capsys):
+def test_emotions_and_genres_are_letters_balanced_and_always_the_same(tmp_path, capsys):
     iemocap(tmp_path / "full", 1, ["neu", "exc", "xxx", "fru", *["hap"] * 400])
     rows, counts = convert(capsys, "iemocap", tmp_path / "full")
     assert_choices(rows, ["neutral", *["happy"] * 401], ["angry", "happy", "sad", "neutral"])
-    assert counts == "iemocap: 402 rows, 0 left out"    # other emotions are not of the task
     letters = [row["response"][0] for row in rows]
     assert all(70 < letters.count(letter) < 130 for letter in "ABCD")
     assert {row["prompt"].split(" A. ")[0] for row in rows} == set(data.WORDINGS["emotion"])
     assert convert(capsys, "iemocap", tmp_path / "full")[0] == rows
     assert {(row["speaker"], row["recording"]) for row in rows} == {("Ses01F", "Ses01F_impro01")}
     open_rows, _ = convert(capsys, "iemocap_qa", tmp_path / "full")
-    assert [row["response"] for row in open_rows[:2]] == ["neutral", "happy"]
-    assert open_rows[0]["task"] == "qa" and "choices" not in open_rows[0]
+    assert open_rows[0]["response"] == "neutral" and "choices" not in open_rows[0]
+    lay_out(tmp_path / "g", {f"genres/{name}": "" for name in ("rock/0.wav", "rock/x.mf", "pop/1.au")})
+    rows, _ = convert(capsys, "gtzan", tmp_path / "g")
+    assert_choices(rows, ["pop", "rock"], data.BENCHMARKS["gtzan"]["options"])
 
 
 @pytest.mark.parametrize("place, split", [("train_splits", "train"), ("dev_splits_complete", "dev"),
                                           ("output_repeated_splits_test", "test")])
 def test_meld_wants_the_sound_of_its_videos(tmp_path, capsys, place, split):
-    root = tmp_path / "MELD.Raw"
-    text = ("Utterance,Speaker,Emotion,Dialogue_ID,Utterance_ID\n"
-            '"So, it\x92s",Joey,surprise,0,3\nNo,Ross,joy,1,0\n')
-    lay_out(root, {f"{split}_sent_emo.csv": text.encode("latin-1"), f"{place}/dia0_utt3.mp4": ""})
+    text = "Speaker,Emotion,Dialogue_ID,Utterance_ID\nJoey\x92s,surprise,0,3\n".encode("latin-1")
+    lay_out(tmp_path / "m", {f"{split}_sent_emo.csv": text, f"{place}/dia0_utt3.mp4": ""})
     with pytest.raises(InputError, match="no rows in"):
-        convert(capsys, "meld", root, [split])
-    lay_out(root, {f"{place}/dia0_utt3.wav": ""})
-    rows, counts = convert(capsys, "meld", root, [split])
-    assert_choices(rows, ["surprise"], ["neutral", "joy", "sadness", "anger", "surprise", "fear",
-                                        "disgust"])
-    assert rows[0]["speaker"] == "Joey" and counts.endswith("1 left out, 1 no audio file")
-
-
-def test_folders_of_gtzan_are_its_genres(tmp_path, capsys):
-    for folder in ("genres", "genres_original"):
-        lay_out(tmp_path / folder, {f"{folder}/rock/rock.00000.wav": "", f"{folder}/rock/x.mf": "",
-                                    f"{folder}/blues/blues.00001.au": ""})
-        rows, _ = convert(capsys, "gtzan", tmp_path / folder)
-        assert_choices(rows, ["blues", "rock"], data.BENCHMARKS["gtzan"]["options"])
+        convert(capsys, "meld", tmp_path / "m", [split])
+    lay_out(tmp_path / "m", {f"{place}/dia0_utt3.wav": ""})
+    rows, _ = convert(capsys, "meld", tmp_path / "m", [split])
+    assert_choices(rows, ["surprise"], data.BENCHMARKS["meld"]["options"])
 
 
 @pytest.mark.parametrize("name", list(data.CORPORA))
 def test_missing_layout_is_one_line_that_says_what_is_expected(tmp_path, capsys, name):
-    with pytest.raises(InputError, match=f"no file .*; {name} has to lie as ROOT/") as error:
+    with pytest.raises(InputError, match=f"no file .*; {name} has to lie as ROOT/"):
         convert(capsys, name, tmp_path, ["nonsense"])
-    assert "\n" not in str(error.value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1730,25 +1475,24 @@ def test_missing_layout_is_one_line_that_says_what_is_expected(tmp_path, capsys,
 
 @pytest.mark.parametrize("given, choices", [
     (["a", "b", None, ""], ["a", "b"]), ([1, 2.5], ["1", "2.5"]), ("a| b |c", ["a", "b", "c"]),
-    ('["a", "b"]', ["a", "b"]), ("['it\\'s', 'b']", ["it's", "b"]), ("(A) x\n(B) y", ["x", "y"]),
-    (["A. yes", "B. no"], ["yes", "no"]), (["A. yes", "C. no"], ["A. yes", "C. no"]),
-    (["A.M.", "P.M."], ["A.M.", "P.M."]), (["A: x", "B: y", None], ["x", "y"]),
-    ("[1", None), (["a", "", "b"], None), (["A. x", "B.", "C. y"], None), (["a"], None)])
+    ("['it\\'s', \"b\"]", ["it's", "b"]), ("(A) x\n(B) y", ["x", "y"]), (["A.M.", "P.M."], None),
+    (["A. yes", "B. no"], ["yes", "no"]), (["A. yes", "C. no"], ["A. yes", "C. no"])])
 def test_choices_are_read_however_they_are_written(given, choices):
-    if choices is None:
-        with pytest.raises(data.LeftOut):
-            data.read_choices(given)
-    else:
-        assert data.read_choices(given) == choices
+    assert data.read_choices(given) == (choices or given)
+
+
+@pytest.mark.parametrize("given", ["[1", ["a", "", "b"], ["A. x", "B.", "C. y"], ["a"], None])
+def test_choices_that_cannot_be_read_leave_the_row_out(given):
+    with pytest.raises(data.LeftOut):
+        data.read_choices(given)
 
 
 @pytest.mark.parametrize("answer, number", [
-    ("no", 1), ("No", 1), ("B", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("B. no", 1), ("(b) No", 1),
-    ("0", 0), ("2", 2), ("3", None), ("D", None), ("B. yes", None), ("none", None), ("", None)])
+    ("No", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("(b) No", 1), ("0", 0), ("2", 2), ("3", None),
+    ("D", None), ("B. yes", None), ("none", None), ("", None)])
 def test_answer_is_a_text_a_letter_or_an_index(answer, number):
     assert data.find_choice(answer, ["yes", "no", "perhaps"]) == number
     assert data.find_choice("1", ["2", "1", "0"]) == 1    # texts go before letters and numbers
-    assert data.find_choice("A", ["C", "B", "A"]) == 2
     assert data.find_choice("(A) x", ["C", "B", "A"], by_letter=True) == 0
 
 
@@ -1774,13 +1518,6 @@ def test_any_table_is_read_by_the_names_of_its_columns(table, capsys, flags, pro
     assert len(rows) == (1 if audio else 2)
 
 
-def test_columns_with_the_usual_names_need_no_flag(tmp_path, capsys):
-    lay_out(tmp_path / "t", {"1.wav": "", "t.csv": "audio,prompt,response\n1.wav,Why?,x\n"})
-    rows, _ = convert(capsys, "csv", tmp_path / "t/t.csv")
-    assert rows == [{"audio": str(tmp_path / "t/1.wav"), "prompt": "Why?", "response": "x",
-                     "task": "qa"}]
-
-
 def test_columns_are_taken_by_their_literal_names_choices_and_further_keys_too(tmp_path, capsys):
     lay_out(tmp_path / "t", {"1.wav": "", "2.wav": "", "t.csv": (
         "wav,wav.path,a[0],{q},c,wave\n1.wav,2.wav,1,Why?,x|y,9\n1.wav,2.wav,z,Why?,x|y,9\n")})
@@ -1791,8 +1528,7 @@ def test_columns_are_taken_by_their_literal_names_choices_and_further_keys_too(t
     assert counts == "csv: 1 rows, 1 left out, 1 with an answer that is none of the choices"
 
 
-@pytest.mark.parametrize("flags", [{}, {"audio": "file name"}, {"task": "asr"}, {"task": "text"},
-                                   {"audio": "file name", "task": "mcq"},
+@pytest.mark.parametrize("flags", [{}, {"audio": "file name"}, {"task": "asr"},
                                    {"audio": "file name", "task": "asr", "choices": "q"}])
 def test_table_that_would_give_no_prompt_is_refused(table, capsys, flags):
     with pytest.raises(InputError, match="give --prompt COLUMN or --question"):
@@ -1801,7 +1537,7 @@ def test_table_that_would_give_no_prompt_is_refused(table, capsys, flags):
         convert(capsys, "csv", table, prompt="q", response="wrong")
 
 
-def test_rows_that_are_no_texts_are_left_out_and_counted(tmp_path, capsys):
+def test_columns_of_the_usual_names_need_no_flag_and_what_is_no_text_is_counted(tmp_path, capsys):
     lay_out(tmp_path / "t", {"t.csv": 'prompt,response\nWhy?,Hello, world\nWhy?,"Hello, world"\n'})
     rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv")
     assert [row["response"] for row in rows] == ["Hello, world"]
@@ -1816,19 +1552,13 @@ def test_rows_that_are_no_texts_are_left_out_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize("there, named, found", [
     (["one.wav", "one.flac"], "one.flac", "one.flac"), (["one.WAV"], "one", "one.WAV"),
     (["take.2.aiff"], "take.2", "take.2.aiff"), (["One.mp3"], "one.wav", "One.mp3"),
-    (["one.wav", "one.flac"], "one.mp3", "several"), (["one.txt"], "one", "no audio file"),
-    (["x.bin"], "x.bin", "x.bin")])
+    (["one.wav", "one.flac"], "one.mp3", "several"), (["one.txt"], "one", "no audio file")])
 def test_clip_is_the_file_that_is_named_or_the_only_one_of_its_name(
         tmp_path, capsys, there, named, found):
     lay_out(tmp_path / "t", {name: "" for name in there} | {
-        "t.csv": f"audio,prompt,response\n{named},?,x\n,?,text\n"})
-    if "." in found:
-        rows, _ = convert(capsys, "csv", tmp_path / "t/t.csv")
-        assert rows[0]["audio"] == str(tmp_path / "t" / found)
-    else:
-        with pytest.raises(InputError, match="no rows"):
-            convert(capsys, "csv", tmp_path / "t/t.csv")
-        assert found in capsys.readouterr().err
+        "t.csv": f"audio,prompt,response\n{named},?,x\n{there[0]},?,y\n"})
+    rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv")
+    assert rows[0]["audio"] == str(tmp_path / "t" / found) or len(rows) == 1 and found in counts
 
 
 def test_wordings_vary_and_do_not_depend_on_the_folder(tmp_path, capsys):
@@ -1839,8 +1569,7 @@ def test_wordings_vary_and_do_not_depend_on_the_folder(tmp_path, capsys):
         lay_out(tmp_path / folder, files | {"t.csv": table})
         rows, _ = convert(capsys, "csv", tmp_path / folder / "t.csv", response="text", task="asr")
         prompts.append([row["prompt"] for row in rows])
-    assert prompts[0] == prompts[1]
-    assert set(prompts[0]) == set(data.WORDINGS["asr"]) and len(prompts[0]) == 50
+    assert prompts[0] == prompts[1] and set(prompts[0]) == set(data.WORDINGS["asr"])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "disk"])
@@ -1853,9 +1582,7 @@ def test_any_data_set_becomes_rows_and_clips(tmp_path, capsys, kind):
         table.cast_column("sound", datasets.Audio()).save_to_disk(path := tmp_path / "disk")
     found, counts = convert(capsys, "hub", path, audio="sound", prompt="q", response="label",
                             clips=str(tmp_path / "clips"))
-    answers = ["dog", "cat"] if kind == "disk" else ["1", "0"]
-    assert [row["response"] for row in found] == answers
-    assert counts == "hub: 2 rows, 0 left out"
+    assert [row["response"] for row in found] == (["dog", "cat"] if kind == "disk" else ["1", "0"])
     for i, row in enumerate(found):
         assert row["audio"] == str(tmp_path / f"clips/000000{i}.flac")
         assert Path(row["audio"]).read_bytes() == (tmp_path / f"{i}.flac").read_bytes()
@@ -1863,14 +1590,11 @@ def test_any_data_set_becomes_rows_and_clips(tmp_path, capsys, kind):
 
 def test_pitch_class_is_the_one_with_most_notes(tmp_path, capsys):
     t = np.arange(32000) / 16000
-    lines = "audio,response\nsilent.wav,x\nbroken.wav,x\n"
     (tmp_path / "t").mkdir()
-    for name, hz in (("a", 440), ("fis", 185), ("low_c", 65.4)):
-        tone = sum(np.sin(2 * np.pi * k * hz * t) / k for k in (1, 2, 3))
-        wav(tmp_path / "t", f"{name}.wav", 0.2 * tone)
-        lines += f"{name}.wav,x\n"
-    wav(tmp_path / "t", "silent.wav", np.zeros(16000))
-    lay_out(tmp_path / "t", {"broken.wav": "no sound", "t.csv": lines})
+    for name, hz in (("a", 440), ("fis", 185), ("low_c", 65.4), ("silent", 0)):
+        wav(tmp_path / "t", f"{name}.wav", sum(np.sin(2 * np.pi * k * hz * t) / k / 5 for k in (1, 2)))
+    lay_out(tmp_path / "t", {"broken.wav": "no sound", "t.csv": "audio,response\n" + "".join(
+        f"{name}.wav,x\n" for name in ("silent", "broken", "a", "fis", "low_c"))})
     rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv", task="asr", pitch_class=True)
     assert [row["pitch_class"] for row in rows] == [None, "A", "F#", "C"]
     assert "1 left out, 1 cannot decode" in counts
@@ -1881,25 +1605,18 @@ def conversation(*texts, **more):
     return {"messages": turns} | more
 
 
-def sharegpt(*texts, **more):
-    turns = [{"from": who, "value": text} for who, text in zip(("human", "gpt"), texts)]
-    return {"conversations": turns} | more
-
-
-AUDIO_PART = {"type": "audio", "path": "1.wav"}
-TEXT_PART = {"type": "text", "text": "Why?"}
+PART = {"type": "audio", "path": "1.wav"}
+TEXT = {"type": "text", "text": "Why?"}
 
 
 @pytest.mark.parametrize("item", [    # each asks Why? of 1.wav, and the answer is x
-    conversation("<audio>Why?", "x", audios=["1.wav"]),
-    conversation("Why? <audio>", "x", audio="1.wav"),
-    sharegpt("<sound>\nWhy?", "x", sound="1.wav", id="7"),    # Audio Flamingo 3
-    conversation([AUDIO_PART, TEXT_PART], "x"), sharegpt("<|AUDIO|>Why?", "x", audios=["1.wav"]),
-    conversation([TEXT_PART, {"type": "audio", "audio_url": "1.wav"}], [TEXT_PART | {"text": "x"}]),
-    conversation([{"type": "audio"}, TEXT_PART], "x", audios=["1.wav"]),
-    {"query": "<audio>Why?", "response": "x", "audios": ["1.wav"], "history": []},
-    {"instruction": "<audio>", "input": "Why?", "output": "x", "audios": ["1.wav"]},
-    {"instruction": "Why?", "input": "", "output": "x", "audios": ["1.wav"]}])
+    conversation("<audio>Why?", "x", audios=["1.wav"]), conversation([PART, TEXT], "x"),
+    conversation([TEXT, {"type": "audio", "audio_url": "1.wav"}], [TEXT | {"text": "x"}]),
+    conversation([{"type": "audio"}, TEXT], "x", audios=["1.wav"]),
+    {"sound": "1.wav", "id": "7", "conversations": [    # Audio Flamingo 3
+        {"from": "human", "value": "<sound>\nWhy?"}, {"from": "gpt", "value": "x"}]},
+    {"query": "<|AUDIO|>Why?", "response": "x", "audios": ["1.wav"], "history": []},
+    {"instruction": "<audio>", "input": "Why?", "output": "x", "audio": "1.wav"}])
 def test_conversations_of_other_projects_become_rows(tmp_path, capsys, item):
     items = [item, conversation("Say yes.", "Yes.")]
     lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
@@ -1907,22 +1624,20 @@ def test_conversations_of_other_projects_become_rows(tmp_path, capsys, item):
     assert rows == [
         {"audio": str(tmp_path / "t/1.wav"), "prompt": "Why?", "response": "x", "task": "qa"},
         {"audio": None, "prompt": "Say yes.", "response": "Yes.", "task": "qa"}]
-    assert counts == "messages: 2 rows, 0 left out"
 
 
 @pytest.mark.parametrize("item, reason", [
     (conversation("<audio>Why?", "x", audios=["1.wav", "1.wav"]), "with several clips"),
-    (conversation([AUDIO_PART, AUDIO_PART], "x"), "with several clips"),
+    (conversation([PART, PART], "x"), "with several clips"),
     (conversation("<audio> and <audio>?", "x", audio="1.wav"), "with several clips"),
-    *[(conversation(f"{mark}Why?", "x"), "with a clip under '', not 'audio'")
-      for mark in ("<audio>", "<sound>", "<|AUDIO|>", "<speech>")],
+    (conversation("<speech>Why?", "x"), "with a clip under '', not 'audio'"),
     (conversation("Why?", "x", wav="1.wav"), "with a clip under 'wav', not 'audio'"),
-    (conversation("Why?", "x", speech_file=["1.wav"]), "with a clip under 'speech_file', not 'audio'"),
+    (conversation("Why?", "x", clips=["1.wav"]), "with a clip under 'clips', not 'audio'"),
     (conversation("Why?", "<audio>", audio="1.wav"), "with a clip in the answer"),
-    (conversation("Why?", [AUDIO_PART]), "with a clip in the answer"),
+    (conversation("Why?", [PART]), "with a clip in the answer"),
     (conversation("<audio>Why?", "x", audios=["2.wav"]), "no audio file"),
     *[(item, "not of one question and one answer") for item in (
-        conversation("Why?", "x") | {"system": "Be kind."}, sharegpt("Why?"),
+        conversation("Why?", "x", system="Be kind."), conversation("Why?"),
         {"query": "Why?", "response": "x", "history": [["a", "b"]]})]])
 def test_conversations_that_are_no_row_are_left_out_and_counted(tmp_path, capsys, item, reason):
     items = [item, conversation("Say yes.", "Yes.")]
@@ -1934,17 +1649,10 @@ def test_conversations_that_are_no_row_are_left_out_and_counted(tmp_path, capsys
 # --------------------------------------------------------------------------------------------------
 # train.py
 
-def test_training_learns_to_hear(trained):
+def test_training_learns_to_hear_and_another_clip_brings_it_back_to_chance(trained):
     for result in trained.heldout.values():
         assert deviations(result["heard"], result["chance"]) > 3, result
-
-
-def test_another_clip_brings_it_back_to_chance(trained):
-    for result in trained.heldout.values():
         assert deviations(result["other_clip"], result["chance"]) < 3, result
-
-
-def test_cross_entropy_falls_to_a_third(trained):
     ce = logged(trained.folder, "ce")
     assert np.mean(ce[-10:]) < np.mean(ce[:3]) / 3
 
@@ -1961,7 +1669,7 @@ def test_all_five_experts_train_together(all_five):
     for term in ("recon", "speech", "sound", "affect", "pitch", "pitch_aux"):
         assert 0 < second[term] != first[term] > 0
     saved = safetensors.torch.load_file(folder / "checkpoint-2" / "heads.safetensors")
-    assert {name.split(".")[0] for name in saved if "." in name} == {"recon", *EXPERTS}
+    assert {name.split(".")[0] for name in saved if "." in name} == set(EXPERTS)
 
 
 def test_no_term_begins_a_stage_far_above_the_best_constant_answer(trained, all_five, mixed_runs):
@@ -1969,42 +1677,44 @@ def test_no_term_begins_a_stage_far_above_the_best_constant_answer(trained, all_
     for folder in (trained.folder, all_five[1], mixed_runs / "batch"):
         first = {line["stage"]: line for line in reversed(log_lines(folder))}
         for line in first.values():
-            terms = {"recon", *EXPERTS, "pitch_aux"} & set(line)
+            terms = {*EXPERTS, "pitch_aux"} & set(line)
             assert max(line[term] for term in terms) < 3, (folder, line)
 
 
-def test_experts_without_the_block_are_a_control_that_compare_names(tmp_path):
-    out = tmp_path / "run"
-    run("train.py", *QUICK, "--no-think", "--stage", "2:recon,pitch", "--out", out)
-    first, second = log_lines(out)
-    assert all(0 < second[term] != first[term] > 0 for term in ("recon", "pitch"))
-    frames = last_json(run("infer.py", "frames", out, "--data", "tones:note:2"))["results"]
-    assert set(frames) == {"recon", "pitch"}
-    run("infer.py", "score", out, "tones:note:2", *SCORE, "--out", tmp_path / "predictions")
-    printed = run("infer.py", "compare", tmp_path / "predictions")
-    assert "+ recon, pitch, no block  " in printed
-
-
-def test_loss_weighs_the_terms_of_its_stage(tmp_path):
-    run("train.py", *QUICK, "--stage", "2:recon=0.5,pitch=2:1e-3", "--stage", "1:recon",
-        "--w-pitch-aux", 0.25, "--out", tmp_path)
-    first, second, third = log_lines(tmp_path)
+def test_stages_have_their_own_weights_rates_and_data(tmp_path):
+    text = jsonl(tmp_path / "text.jsonl", 4, audio=None, seconds=None)
+    run("train.py", *QUICK, "--data", "tones:note", text, "--w-pitch-aux", 0.25, "--stage",
+        "2:recon=0.5,pitch=2:1e-3", "--stage", "1:recon", "--out", tmp_path / "run")
+    first, second, third = log_lines(tmp_path / "run")
     for line in (first, second):
         terms = 0.5 * line["recon"] + 2 * line["pitch"] + 2 * 0.25 * line["pitch_aux"]
         assert line["loss"] == pytest.approx(line["ce"] + terms)
     assert first["lr"] == 1e-3
-    assert third["loss"] == pytest.approx(third["ce"] + third["recon"])
+    assert third["recon"] is None and third["audio_s_per_s"] == 0    # of text, there is nothing
+    assert third["loss"] == pytest.approx(third["ce"])
+    assert os.path.getsize(tmp_path / "run" / "losses.png") > 5000
 
 
-def test_new_projector_takes_part_in_a_step_of_text_alone(hub):
-    """As DDP demands."""
+def test_stages_of_the_paper_are_the_default():
     train_py = runpy.run_path(str(HERE / "train.py"))
-    coat = load_coat("small", model_path=hub["small"], trainable=True)
-    student = train_py["Student"](coat, heads.ExpertHeads(64, {}), [])
-    batch = build_inputs(coat, [None], ["Say hello."], ["hello"])
-    sum(student(batch, {}).values()).backward()
-    assert len(coat.new_projector) == 2
-    assert all(p.grad is not None and not p.grad.any() for p in coat.new_projector)
+    args = SimpleNamespace(w_pitch_aux=1.0, lr=1e-4)
+    one, two = [train_py["parse_stage"](text, args) for text in train_py["PAPER_STAGES"]]
+    assert one.steps == two.steps == 100_000
+    assert (one.tasks, two.tasks) == (["recon"], list(EXPERTS))
+
+
+@pytest.mark.parametrize("stage, tasks", [("2:none", set()), ("2:recon,pitch", {"recon", "pitch"})])
+def test_run_without_the_block_trains_its_experts_and_remembers_it(tmp_path, stage, tasks):
+    run("train.py", *QUICK, "--no-think", "--stage", stage, "--checkpointing", "--out", tmp_path)
+    first, second = log_lines(tmp_path)
+    assert set(EXPERTS) & set(first) == tasks
+    assert all(0 < second[term] != first[term] > 0 for term in tasks)
+    assert not load_coat(tmp_path / "checkpoint-2").think
+
+
+def test_checkpointing_changes_no_step(short_run):
+    run("train.py", *short_run, "--checkpointing", "--out", "other")
+    np.testing.assert_allclose(logged(Path("other")), logged(Path("run")), rtol=1e-6)
 
 
 def test_no_clip_is_calibrated_on_twice(short_run, monkeypatch):
@@ -2017,11 +1727,6 @@ def test_no_clip_is_calibrated_on_twice(short_run, monkeypatch):
     monkeypatch.setattr(heads.ExpertHeads, "calibrate", watched)
     run("train.py", *short_run, "--calibrate", 8, "--out", "new")    # 8 rows of 3 clips
     assert seen == [3]
-
-
-def test_batches_log_what_each_rank_skips(mixed_runs):
-    for name in ("batch", "micro_batches", "two_ranks"):
-        assert logged(mixed_runs / name, "skipped") == [0, 1, 2, 2]
 
 
 def test_ranks_with_different_numbers_of_usable_rows_are_one_batch(tmp_path):
@@ -2059,36 +1764,6 @@ def test_new_run_can_begin_with_what_another_has_learned(trained, tmp_path):
     assert first["recon"] < logged(trained.folder, "recon")[0]
     optimizer = load_optimizer(tmp_path / "checkpoint-1")
     assert {int(p["step"]) for p in optimizer["state"].values()} == {1}    # it is new
-
-
-def test_run_without_the_block_remembers_it(tmp_path):
-    run("train.py", *QUICK, "--no-think", "--stage", "2:none", "--out", tmp_path)
-    assert not {"recon", *EXPERTS} & set(log_lines(tmp_path)[0])
-    assert not load_coat(tmp_path / "checkpoint-2").think
-
-
-def test_checkpointing_changes_no_step(tmp_path):
-    flags = [*QUICK, "--stage", "2:recon"]
-    run("train.py", *flags, "--out", tmp_path / "plain")
-    run("train.py", *flags, "--checkpointing", "--out", tmp_path / "flag")
-    np.testing.assert_allclose(logged(tmp_path / "flag"), logged(tmp_path / "plain"), rtol=1e-6)
-
-
-def test_rows_of_text_alone_train_and_log_nothing_of_the_experts(tmp_path):
-    rows = jsonl(tmp_path / "text.jsonl", 4, audio=None, seconds=None)
-    run("train.py", *QUICK, "--data", rows, "--stage", "2:recon", "--out", tmp_path)
-    assert logged(tmp_path, "recon") == [None, None]
-    assert logged(tmp_path)[1] > 0
-    assert os.path.getsize(tmp_path / "losses.png") > 5000
-
-
-def test_tensorboard_gets_the_log(tmp_path, monkeypatch):
-    board = types.ModuleType("torch.utils.tensorboard")
-    board.SummaryWriter = unittest.mock.Mock()
-    monkeypatch.setitem(sys.modules, board.__name__, board)
-    run("train.py", *QUICK, "--stage", "2:recon", "--tensorboard", "--out", tmp_path)
-    written = {call.args for call in board.SummaryWriter().add_scalar.call_args_list}
-    assert {("loss", loss, step) for step, loss in enumerate(logged(tmp_path), 1)} < written
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2818,188 +2493,70 @@ def test_probe_takes_the_label_from_any_key():
 # --------------------------------------------------------------------------------------------------
 # bench.py
 
-def test_bench_latency_counts_tokens_and_says_what_transformers_says(tmp_path):
-    found = bench("latency", "--seconds", "1,3", "--cot-tokens", 6, "--answer-tokens", 3,
-                  "--seeds", 1, "--batch", 2, "--plot", tmp_path / "latency.png")
-    by = {(row["audio"], row["arm"]): row for row in found["rows"]}
-    added = by["3 s", "CoAT"]["prompt"] - by["3 s", "base"]["prompt"]
-    assert added == by["3 s", "CoAT"]["block"] == 75 + 2
-    decoded = {arm: row["decoded"] for (audio, arm), row in by.items() if audio == "1 s"}
-    assert decoded == {"base": 3, "CoAT": 3, "text-CoT": 9, "generate": 3}
-    assert all(ratio["same_ids"] == ratio["clips"] == 1 for ratio in found["ratios"])
-    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_bench_train_takes_the_same_rows_both_ways_with_less_padding_in_ours():
-    found = bench("train", "--steps", 2, "--batch", 4, "--mix", "1,4", "--seconds", "1",
-                  "--repeats", 1, "--no-teachers")
-    mix = found["mix"]
-    assert mix["ours"]["padding"] < mix["plain"]["padding"]
-    assert mix["ratio"]["rows_per_s"] == pytest.approx(mix["ratio"]["tokens_per_s"])
-    assert [row["work"] for row in found["rows"]] == ["step, targets known", "step"]
-
-
-def test_bench_loss_is_that_of_transformers_in_less_time_and_memory():
-    rows = bench("loss", "--hidden", 16, "--tokens", 200, "--targets", 10, "--repeats", 1)["rows"]
-    assert rows["ours"]["loss"] == pytest.approx(rows["plain"]["loss"])
-    ratio = rows["plain / ours"]
-    assert ratio["s"] > 2
-    assert not ratio["peak_mib"] <= 5    # NaN where it cannot be measured
-
-
-def test_bench_scale_fits_a_power():
-    found = bench("scale", "--seconds", "1,4", "--repeats", 1, "--ranks")
-    first = [cost[0] for cost in found["costs"]]
-    power = math.log(first[1] / first[0]) / math.log(4)
-    assert found["exponents"]["all"][0] == pytest.approx(power)
-
-
-def test_bench_facts_are_those_of_the_published_sizes():
-    facts = bench("facts")["backbones"]
-    lora = [facts[name]["LoRA of rank 16 (tiny: 32)"] for name in REAL]
-    assert lora == [39976960, 40370176, 40370176]
-    assert facts["audio-flamingo-3"]["their ids"] == "151672 .. 151674"
-
-
-def answer_lengths(coat, rows, think, suffix=""):
-    """How many tokens greedy decoding takes to the end token, eight at most."""
-    lengths = []
-    for wave, prompt in rows:
-        batch = build_inputs(coat, [wave], [prompt + suffix], think=think)
-        lengths.append(len(list(coat.stream(batch, 8))))
-    return lengths
-
-
-def latency_of_rows(path, *args):
-    """(the JSON of bench.py latency, {arm: its row})"""
+def bench_of_rows(path, *args):
+    """({(range of length, arm): its line}, {range: its ratios}, the JSON) of bench.py latency"""
     found = bench("latency", "--data", path, "--seeds", 1, "--max-new-tokens", 8, *args)
-    return found, {row["arm"]: row for row in found["rows"]}
+    arms = {(line["audio"], line["arm"]): line for line in found["rows"] if "arm" in line}
+    ratios = {line["audio"]: line for line in found["rows"] if "ratios" in line}
+    return arms, ratios, found
 
 
-@pytest.fixture(scope="session")
-def timed_rows(tmp_path_factory, tiny):
-    """Three rows timed, where what tiny says third to the first of them, after the block, is an end
-    token: the JSON, its rows by arm, and how many tokens each answer should have had."""
-    folder = tmp_path_factory.mktemp("timed")
+def test_bench_of_noise_counts_tokens_and_says_what_transformers_says():
+    *lines, ratios = bench("latency", "--seconds", 1, "--seeds", 1, "--batch", 2)["rows"]
+    by = {line["arm"]: line for line in lines}
+    added = by["CoAT"]["prompt"][0] - by["base"]["prompt"][0]
+    assert added == by["CoAT"]["block"][0] == 25 + 2
+    decoded = {arm: line["decoded"][0] for arm, line in by.items()}
+    assert decoded == {"base": 20, "CoAT": 20, "text-CoT": 120, "generate": 20}
+    assert ratios["same_ids"] == 1
+
+
+def test_bench_of_rows_decodes_to_the_end_token_by_ranges_of_length(tmp_path, tiny):
+    """What tiny says third to the first row, after the block, is an end token here."""
     asked = []
-    lines = []
+    lines = [{"audio": None, "prompt": "?", "response": "C"}]
     for i, seconds in enumerate((0.5, 1.1, 5.3)):
-        path = wav(folder, f"{i}.wav", noise(seconds, i).numpy())
+        path = wav(tmp_path, f"{i}.wav", noise(seconds, i).numpy())
         asked.append((read_audio(path)[0], f"Which {i}?"))
         lines.append({"audio": path, "prompt": f"Which {i}?", "response": "C"})
-    path = write(folder / "rows.jsonl", "\n".join(map(json.dumps, lines)))
-
+    lines.append(lines[1] | {"prompt": THINK})
+    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, lines)))
     third = greedy(tiny, build_inputs(tiny, [asked[0][0]], [asked[0][1]]), 3)[0, 2]
     eos = (tiny.processor.tokenizer.convert_ids_to_tokens(third.item()), "<|endoftext|>")
     ends_early = dataclasses.replace(BACKBONES["tiny"], eos=eos)
     with unittest.mock.patch.dict(BACKBONES, tiny=ends_early):
-        found, by = latency_of_rows(path)
+        arms, ratios, found = bench_of_rows(path)
+        by_length, _, _ = bench_of_rows(path, "--samples", 1)
         coat = load_coat("tiny")
-    wanted = {
-        "base": answer_lengths(coat, asked, think=False),
-        "CoAT": answer_lengths(coat, asked, think=True),
-        "text-CoT": answer_lengths(coat, asked, think=False, suffix=coat.backbone.text_think)}
-    return SimpleNamespace(found=found, by=by, wanted=wanted)
+    for arm, think in (("base", False), ("CoAT", True), ("text-CoT", False)):
+        suffix = coat.backbone.text_think if arm == "text-CoT" else ""
+        batches = [build_inputs(coat, [wave], [question + suffix], think=think)
+                   for wave, question in asked]
+        lengths = [len(list(coat.stream(batch, 8))) for batch in batches]
+        prompts = [batch["input_ids"].shape[1] for batch in batches]
+        assert arms["0.1-inf s", arm]["decoded"][0] == pytest.approx(np.mean(lengths))
+        assert arms["0.1-inf s", arm]["prompt"][0] == pytest.approx(np.mean(prompts))
+        assert by_length["5-10 s", arm]["decoded"][0] == lengths[2]
+    assert ratios["0.1-inf s"]["same_ids"] == arms["0.1-inf s", "CoAT"]["clips"] == 3
+    assert found["left_out"] == 1 and len(by_length) == 2 * 4
 
 
-def test_bench_latency_of_rows_decodes_to_the_end_token(timed_rows):
-    assert timed_rows.wanted["CoAT"][0] <= 3 and timed_rows.by["CoAT"]["ended_mean"] > 0
-    for arm, lengths in timed_rows.wanted.items():
-        assert timed_rows.by[arm]["decoded_mean"] == pytest.approx(np.mean(lengths))
-
-
-def test_bench_latency_of_rows_is_that_of_generate_token_for_token(timed_rows):
-    ratio, = timed_rows.found["ratios"]
-    assert ratio["same_ids"] == ratio["clips"] == 3
-    decoded = [timed_rows.by[arm]["decoded_mean"] for arm in ("CoAT", "generate")]
-    assert decoded[0] == decoded[1]
-
-
-def test_bench_latency_asks_text_cot_to_think_and_gives_coat_the_block(timed_rows):
-    by = timed_rows.by
-    sentence = BACKBONES["tiny"].text_think    # tiny has a token a letter
-    assert by["text-CoT"]["prompt"] - by["base"]["prompt"] == len(sentence)
-    assert by["CoAT"]["prompt"] - by["base"]["prompt"] == by["CoAT"]["block"] == 27 + 2
-
-
-def test_bench_latency_counts_the_rows_it_leaves_out(tmp_path):
-    clips = [wav(tmp_path, "long.wav", np.zeros(121 * 8000), 8000), write(tmp_path / "x.wav", "x"),
-             None, wav(tmp_path, "good.wav", noise(1).numpy())]
-    lines = [{"audio": path, "prompt": "?", "response": "C"} for path in clips]
-    lines.append(lines[-1] | {"prompt": THINK})
-    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, lines)))
-    found, by = latency_of_rows(path)
-    assert found["left_out"] == {"too long": 1, "unreadable": 2, "without audio": 1}
-    assert by["base"]["audio"] == "1 rows" and found["ratios"][0]["clips"] == 1
-
-
-def test_bench_latency_takes_the_block_from_the_run_and_base_from_its_backbone(tmp_path):
+def test_bench_takes_the_block_from_the_run_and_base_from_its_backbone(tmp_path, hub, text_think):
     loaded("tiny", None).save(tmp_path / "checkpoint-1")
-    coat = load_coat(str(tmp_path / "checkpoint-1"))
-    tones = Tones("heldout", 2, ["note"])
-    asked = [(tones.load(i)["wave"], tones.load(i)["prompt"]) for i in range(2)]
-    printed = run("bench.py", "latency", "--model", tmp_path, "--data", "tones:note:2",
-                  "--seeds", 1, "--max-new-tokens", 8)
-    found = last_json(printed)
-    assert found["weights"] == {"base": "random", "CoAT": "trained", "text-CoT": "random",
-                                "generate": "trained"}
-    assert "Of base, text-CoT only the times mean something" in printed
-    by = {row["arm"]: row for row in found["rows"]}
-    assert by["CoAT"]["decoded_mean"] == np.mean(answer_lengths(coat, asked, True))
-    assert found["ratios"][0]["same_ids"] == 2
-
-
-def test_bench_latency_loads_the_authors_adapter_for_text_cot(hub, text_think):
+    arms, ratios, _ = bench_of_rows("tones:note:2", "--model", tmp_path)
+    assert arms["0.1-inf s", "CoAT"]["block"][0] == 38 and ratios["0.1-inf s"]["same_ids"] == 2
     name = "audio-flamingo-3"
-    found, by = latency_of_rows("tones:note:1", "--backbone", name, "--model-path", hub[name],
-                                "--text-think", text_think.folder)
-    assert by["text-CoT"]["prompt"] > by["base"]["prompt"]
-    assert found["weights"]["text-CoT"] == "its authors' adapter"
-    assert found["weights"]["base"] == "released"
+    arms, *_ = bench_of_rows("tones:note:1", "--backbone", name, "--model-path", hub[name],
+                             "--text-think", text_think.folder, "--device", "cpu")
+    assert arms["0.1-inf s", "text-CoT"]["prompt"][0] > arms["0.1-inf s", "base"]["prompt"][0]
 
 
-def latency_of_noise(*args):
-    found = bench("latency", "--seconds", 1, "--seeds", 1, "--answer-tokens", 1, "--cot-tokens", 1,
-                  *args)
-    for row in found["rows"]:
-        assert row["tower_mean"] + row["prefill_mean"] == pytest.approx(row["first_mean"])
-    return found["rows"]
-
-
-@pytest.mark.parametrize("slow, part", [
-    ("audio_tower", "tower"), ("multi_modal_projector", "tower"), ("language_model", "prefill")])
-def test_bench_first_token_is_split_where_the_decoder_begins(slow, part, tiny):
-    kind = type(getattr(tiny.hf.model, slow))
-    forward = kind.forward
-
-    def late(*args, **kwargs):
-        time.sleep(0.05)
-        return forward(*args, **kwargs)
-
-    with unittest.mock.patch.object(kind, "forward", late):
-        rows = latency_of_noise()
-    assert all(row[part] >= 50 for row in rows)
-
-
-def test_bench_first_token_is_split_without_a_projector_too(hub):
-    rows = latency_of_noise("--backbone", "qwen2.5-omni", "--model-path", hub["qwen2.5-omni"])
-    assert all(row["tower"] > 0 and row["prefill"] > 0 for row in rows)
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--data", "tones:note:1", "--batch", 2], "--batch has no meaning with --data"),
-    (["--max-new-tokens", 9], "--max-new-tokens has no meaning without --data"),
-    (["--model", "x", "--random-weights"], "drop --random-weights"),
-    (["--model", "x"], "holds no checkpoint")])
-def test_bench_latency_refuses_flags_it_would_not_read(flags, words):
-    assert words in run("bench.py", "latency", *flags, fails=True)
-
-
-def test_bench_latency_needs_a_row_with_audio(tmp_path):
-    line = {"audio": None, "prompt": "?", "response": "C"}
-    path = write(tmp_path / "rows.jsonl", json.dumps(line))
-    printed = run("bench.py", "latency", "--data", path, fails=True)
-    assert "no row is left to ask (0 too long, 0 unreadable, 1 without audio)" in printed
+def test_bench_trains_every_way_and_times_each_expert(shipped):
+    ways = bench("train", "--steps", 1, "--batch", 2, "--seconds", 0.5, 2)["ways"]
+    assert list(ways) == ["no block", "block", "two experts", "five experts", "Trainer",
+                          "Trainer, by length", "expert recon", "expert pitch"]
+    assert ways["block"]["padding"] < ways["Trainer"]["padding"]
+    assert all(way.get("rows_per_s", 1) > 0 for way in ways.values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3166,99 +2723,71 @@ def test_hostile_reply_of_a_judge_is_read_in_no_time(text):
 # --------------------------------------------------------------------------------------------------
 # What goes wrong: weights
 
-def assert_refused(name, folder, *words):
-    with pytest.raises(InputError) as error:
-        load_coat(name, model_path=str(folder))
-    text = str(error.value)
-    assert "\n" not in text and len(text) < 400
-    assert all(word in text for word in words), text
-
-
 @pytest.mark.parametrize("name", REAL)
-def test_folder_of_something_else_is_refused_in_one_line(name, hub, tmp_path):
-    assert_refused(name, tmp_path / "nowhere", "no folder", "nowhere")
-    assert_refused(name, tmp_path, "no config.json")
-    assert_refused(name, hub[REAL[REAL.index(name) - 1]], "config.json is that of")
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_folder_without_one_of_its_files_is_refused_in_one_line(name, hub, tmp_path):
-    without = {"config.json": "no config.json", "model.safetensors": "model.safetensors",
-               "preprocessor_config.json": "feature extractor",
-               "tokenizer*": "tokenizer is missing"}
-    if LAYOUTS[name].template:
-        without["chat_template*"] = "no chat template"
-    for pattern, words in without.items():
-        folder = tmp_path / pattern
-        shutil.copytree(hub[name], folder, ignore=shutil.ignore_patterns(pattern))
-        assert_refused(name, folder, name, words)
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_weights_cut_short_are_refused_in_one_line(name, hub, tmp_path):
-    shutil.copytree(hub[name], tmp_path / "cut")
-    os.truncate(tmp_path / "cut" / "model.safetensors", 10000)
-    assert_refused(name, tmp_path / "cut", name, "incomplete")
+@pytest.mark.parametrize("lacks, words", [
+    ("*", "config.json"), ("model.safetensors", "model.safetensors"),
+    ("preprocessor_config.json", "feature extractor"), ("tokenizer*", "tokenizer is missing"),
+    ("chat_template*", "no chat template")])
+def test_folder_of_a_backbone_without_one_of_its_files_is_refused(
+        name, lacks, words, hub, tmp_path):
+    if lacks == "chat_template*" and not LAYOUTS[name].template:
+        pytest.skip("it is in the processor's class")
+    shutil.copytree(hub[name][1], tmp_path / "x", ignore=shutil.ignore_patterns(lacks))
+    with pytest.raises(InputError, match=f"cannot load {name} from .*{words}"):
+        load_coat(name, model_path=tmp_path / "x")
 
 
 @pytest.mark.parametrize("file, content, words", [
-    ("config.json", b"[]", "AttributeError"), ("config.json", b"\xff\0", "not a valid JSON"),
-    ("config.json", b"[" * 10 ** 5, "RecursionError"), ("config.json", None, "no config.json"),
-    ("config.json", {"text_config": None}, "text_config is no object"),
-    ("config.json", {"model_type": 5}, "config.json is that of '5'"),
+    ("config.json", {"model_type": "bert"}, "config.json is that of 'bert'"),
+    ("config.json", {"text_config": None}, "part of its config is null"),
     ("config.json", {"quantization_config": {"load_in_4bit": True}}, "quantised"),
-    ("tokenizer.json", b"[]", "TypeError"), ("tokenizer.json", b"\xff\0", "UnicodeDecodeError"),
-    ("tokenizer.json", None, "tokenizer is missing"),
-    ("tokenizer_config.json", b"5", "AttributeError"),
-    ("preprocessor_config.json", b"[]", "AttributeError"),
-    ("chat_template.jinja", b"{% for x in %}", "TemplateSyntaxError"),
-    ("chat_template.jinja", b"{{ x.y.z }}", "UndefinedError"),
-    ("chat_template.jinja", b"{{ messages[0].role }}", "does not write a clip"),
+    ("config.json", {"text_config": {"num_hidden_layers": 3}}, "tensors are missing"),
+    ("config.json", b"\xff\0", "not a valid JSON"), ("tokenizer.json", b"[]", "TypeError"),
+    ("chat_template.jinja", b"{{ messages[0].role }}", "number of audio inputs"),
     ("model.safetensors", b"<html>" * 99, "SafetensorError"),
-    ("model.safetensors", None, "no file named model.safetensors")])
+    ("model.safetensors", 10000, "incomplete")])
 def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, content, words):
-    """None: a pipe, at which nothing may wait. A dict: what changes in the file."""
+    """A dict: what changes in the file. A number: where it is cut."""
     folder = tmp_path / "model"
-    shutil.copytree(hub["qwen2-audio"], folder)
+    shutil.copytree(hub["qwen2-audio"][1], folder)
     if isinstance(content, dict):
         with edited_json(folder / file) as value:
             value |= content
-    elif content is None:
-        os.remove(folder / file)
-        os.mkfifo(folder / file)
+    elif isinstance(content, int):
+        os.truncate(folder / file, content)
     else:
         write(folder / file, content)
-    assert_refused("qwen2-audio", folder, words)
+    with pytest.raises(ValueError, match=words) as error:
+        coat = load_coat("qwen2-audio", model_path=folder)
+        build_inputs(coat, [noise(1.0)], ["?"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "Qwen/Qwen2-Audio-7B-Instruct", "."])
+def test_name_of_nothing_names_what_there_is(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no run.* qwen2-audio .Qwen/Qwen2-Audio-7B-Instruct.*tiny"):
+        load_coat(name)
+    with pytest.raises(InputError, match="no folder 'nowhere'"):
+        load_coat("qwen2-audio", model_path="nowhere")
 
 
 def test_block_in_a_template_is_dropped_whatever_code_wrote_it(hub, tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(hub["qwen2-audio"], folder)
-    template = load_backbone("qwen2-audio", str(folder))[1].chat_template
-    other = model.BLOCK_MARK + "{{ raise_exception('other code') }}"
+    shutil.copytree(hub["qwen2-audio"][1], folder)
+    template = load_coat("qwen2-audio", folder).processor.chat_template
+    other = "{# the thinking block #}{{ raise_exception('other code') }}"
     write(folder / "chat_template.jinja", template + other)
-    assert load_backbone("qwen2-audio", str(folder))[1].chat_template == template
+    assert load_coat("qwen2-audio", folder).processor.chat_template == template
 
 
-def test_weights_that_are_not_finite_are_refused(hub, written, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(hub["qwen2-audio"], folder)
-    make_nan(folder / "model.safetensors", "conv2.weight")
-    assert_refused("qwen2-audio", folder, "conv2.weight holds NaN")
-    for part in ("lora_A", "token_adapter"):
-        adapter = tmp_path / part
-        shutil.copytree(written.adapter, adapter)
-        make_nan(adapter / "adapter_model.safetensors", part)
-        with pytest.raises(InputError, match="holds NaN"):
-            load_coat(str(adapter))
-
-
-def make_nan(path, part):
-    """Puts a NaN into a tensor of a file of weights whose name has this part."""
-    weights = safetensors.torch.load_file(path)
-    name = next(name for name in weights if part in name)
-    weights[name].view(-1)[0] = math.nan
-    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+@pytest.mark.parametrize("part", ["audio_tower.conv2.weight", "layers.1.mlp.up_proj", "lm_head"])
+def test_states_that_are_no_numbers_are_an_error_and_no_answer(part, hub):
+    coat = load_coat(*hub["qwen2-audio"])
+    name = next(name for name, _ in coat.hf.named_parameters() if part in name)
+    coat.hf.get_parameter(name).data.view(-1)[0] = math.nan
+    with pytest.raises(InputError, match="NaN"):
+        coat.answer(noise(1.0), 16000, "?")
 
 
 def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
@@ -3271,24 +2800,24 @@ def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
         load_coat(tmp_path)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"num_hidden_layers": 3, "layer_types": None}, "for 12 tensors"),
-    ({"intermediate_size": 96}, "for 6 tensors")])
-def test_missing_and_misshapen_weights_are_an_error_not_noise(change, words, hub, tmp_path):
-    shutil.copytree(hub["qwen2-audio"], tmp_path / "other")
-    with edited_json(tmp_path / "other" / "config.json") as config:
-        config["text_config"] |= change
-    with pytest.raises(InputError, match=words):
-        load_backbone("qwen2-audio", str(tmp_path / "other"))
-
-
 def test_text_thinking_adapter_of_another_model_is_refused(text_think, tmp_path):
     folder = tmp_path / "think"
     shutil.copytree(text_think.folder, folder)
     torch.save({"elsewhere.bias": text_think.bias}, folder / "non_lora_trainables.bin")
     assert "elsewhere.bias" in run("infer.py", *text_think.ask, folder, fails=True)
-    os.remove(folder / "adapter_config.json")
-    assert "adapter_config.json" in run("infer.py", *text_think.ask, folder, fails=True)
+    os.remove(folder / "non_lora_trainables.bin")
+    assert "non_lora_trainables.bin" in run("infer.py", *text_think.ask, folder, fails=True)
+
+
+@pytest.mark.parametrize("package, code, words", [
+    ("torchaudio", "raise OSError('undefined symbol: torch_x')", "undefined symbol.*torchaudio 2"),
+    ("torchaudio", "raise ImportError('no CUDA 12')", "no CUDA 12 .beside.*torch 2"),
+    ("peft", "import no_such_package", "No module named 'no_such_package'")])
+def test_library_that_does_not_import_is_one_line(package, code, words, tmp_path):
+    write(tmp_path / f"{package}.py", code)
+    done = subprocess.run([sys.executable, "-c", "import model"], cwd=HERE, capture_output=True,
+                          text=True, timeout=100, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and re.fullmatch(f"error: .*{words}.*\n", done.stderr)
 
 
 def test_transformers_that_is_too_old_ends_in_one_line(monkeypatch):
@@ -3298,69 +2827,32 @@ def test_transformers_that_is_too_old_ends_in_one_line(monkeypatch):
         runpy.run_path(str(HERE / "model.py"))
 
 
-def test_missing_and_misshapen_tensors_of_a_teacher_are_counted_and_named():
-    sd = official(Affect, **TINY)
-    sd["blocks.1.attn.qkv.weight"] = torch.zeros(3, 3)
-    del sd["modality_encoders.AUDIO.extra_tokens"]
-    words = "extra_tokens is missing; blocks.1.attn.qkv.weight is .3, 3., not .768, 256.$"
-    with pytest.raises(ValueError, match=f"Affect: 2 of .*{words}"):
-        Affect.from_state_dict(sd)
-    with pytest.raises(ValueError, match="68 of 68 .* bn0.weight is missing"):
-        SoundEvents.from_state_dict({})
-
-
-def test_further_tensors_of_a_teacher_are_ignored():
-    sd = official(Affect, **TINY)
-    Affect.from_state_dict({"state_dict": sd | {"_ema": torch.zeros(3), "cfg": None}})
-
-
-@pytest.mark.parametrize("name, words", [
-    (None, ["spidr_base.pt", "127.0.0.1:9", "--expert-speech PATH"]), ("no.pt", ["no file"]),
-    ("cut.pt", ["damaged"]), ("other.pt", ["conv_layers.0.conv.weight is missing"])])
-def test_absent_damaged_or_wrong_teacher_is_refused_in_one_line(tmp_path, monkeypatch, name, words):
-    monkeypatch.setenv("COAT_CACHE", str(tmp_path))
-    monkeypatch.setattr(SpeechUnits, "url", "http://127.0.0.1:9/spidr_base.pt")    # nobody listens
-    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 and no more")
-    torch.save({"model": {"a": torch.zeros(2)}}, tmp_path / "other.pt")
-    with pytest.raises(ExpertUnavailable) as error:
-        load("speech", name and tmp_path / name)
-    text = str(error.value)
-    assert "\n" not in text and text.startswith("speech: ")
-    assert all(word in text for word in (str(tmp_path), *words)), text
-
-
-def test_download_of_a_wrong_digest_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(SpeechUnits, "sha256", "0" * 64)
-    with weights_server(b"something else", monkeypatch):
-        with pytest.raises(ExpertUnavailable, match="wrong sha256"):
-            experts.download("speech", str(tmp_path / "spidr_base.pt"))
-    assert not os.path.exists(tmp_path / "spidr_base.pt")
-
-
-def test_missing_teacher_stops_a_run_before_its_first_step(tmp_path):
-    error = run("train.py", *QUICK, "--stage", "2:all", "--expert-speech", tmp_path / "no.pt",
-                "--out", tmp_path / "run", fails=True)
-    assert "no.pt" in error and not os.path.exists(tmp_path / "run")
-
-
-def test_random_experts_of_a_run_are_announced(all_five):
-    process, _ = all_five
-    ended(process)
-    assert open(process.log).read().count("RANDOM WEIGHTS") == 3
+@pytest.mark.parametrize("error, words", [
+    (ValueError("two\nlines"), "error: two lines\n"), (KeyError("x"), "error: 'x'\n"),
+    (KeyboardInterrupt(), "stopped\n"), (BrokenPipeError(), ""),
+    (torch.OutOfMemoryError("2 GiB"), "error: no memory left (2 GiB); less is needed with care\n")])
+def test_any_exception_ends_a_program_in_one_line(error, words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", None)
+    monkeypatch.setattr(os, "dup2", lambda *args: None)
+    model.one_line_errors(less_memory="care")
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == words
+    monkeypatch.setenv("COAT_TRACEBACK", "1")
+    sys.excepthook(type(error), error, None)
+    assert type(error).__name__ in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------
-# What goes wrong: weights of a teacher
+# What goes wrong: weights of an expert
 
 class Small(Expert):
-    """A teacher of two numbers."""
+    """An expert of two numbers."""
     sample_rate = 16000
     frame_rate = 100.0
     dim = 1
     hop = 160
     filename = "small.pt"
     url = "http://127.0.0.1:9/small.pt"    # nobody listens
-    source = "nowhere"
 
     def __init__(self):
         super().__init__()
@@ -3377,166 +2869,116 @@ def saved(value):
     return file.getvalue()
 
 
-def small_file(weight=1.0, bias=0.0, pad=0):
-    """The bytes of a file of Small."""
-    return saved({"model": {"map.weight": torch.full((1, 1), weight),
-                            "map.bias": torch.full((1,), bias), "pad": torch.zeros(pad)}})
+def small_file(weight=1.0):
+    """The bytes of a file of Small; further tensors are ignored."""
+    tensors = {"map.weight": torch.full((1, 1), weight).double(), "map.bias": torch.zeros(1).half()}
+    return saved({"state_dict": {"model": tensors | {"ema": torch.zeros(9)}}})
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Registers Small. -> the path in the cache where its file would be"""
+    """Registers Small. -> where its file would be"""
     monkeypatch.setitem(EXPERTS, "small", Small)
-    monkeypatch.setenv("COAT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "small.pt"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    return tmp_path / "checkpoints" / "small.pt"
 
 
-def test_broken_download_is_resumed_once_for_all_processes(small, monkeypatch):
-    payload = small_file(pad=700_000)
-    with weights_server(payload, monkeypatch, 2_000_000, Small) as asked:
-        with pytest.raises(ExpertUnavailable, match="broke off .* try again"):
-            experts.download("small", str(small))
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(experts.download, ["small"] * 2, [str(small)] * 2))
-    assert small.read_bytes() == payload and asked == [0, 1_999_999]
-    assert os.listdir(small.parent) == ["small.pt"]
+@contextlib.contextmanager
+def weights_server(payload, monkeypatch):
+    """Serves them as the weights of Small. -> the requests so far"""
+    asked = []
 
-
-@pytest.mark.parametrize("honest", [True, False])
-def test_parts_of_two_files_never_become_one(honest, small, monkeypatch):
-    other = small_file(2.0, pad=1000)
-    whole = small_file(1.0, pad=1000)
-    with weights_server(whole, monkeypatch, 2000, Small, then=other, honest=honest) as asked:
-        for _ in range(2 if honest else 3):
-            assert not small.exists()
-            with contextlib.suppress(ExpertUnavailable):
-                experts.download("small", str(small))
-    assert small.read_bytes() == other
-    assert asked == ([0, 0] if honest else [0, 1999, 0])
-
-
-def test_part_of_unknown_origin_is_fetched_anew(small, monkeypatch):
-    write(f"{small}.part", b"x" * 9000)
-    with weights_server(small_file(), monkeypatch, cls=Small) as asked:
-        experts.download("small", str(small))
-    assert asked == [0] and small.read_bytes() == small_file()
-
-
-@pytest.mark.parametrize("payload, words", [
-    (b"<!DOCTYPE html><title>Sign in</title>", "it begins with b'<!DOCTYPE html>"),
-    (small_file()[:1000], "failed reading zip archive"),
-    (small_file(math.nan), "map.weight has NaN or infinity"),
-    (saved({"other": torch.zeros(2)}), "map.weight is missing")])
-def test_download_is_put_in_place_only_if_it_can_be_read(payload, words, small, monkeypatch):
-    with weights_server(payload, monkeypatch, cls=Small):
-        with pytest.raises(ExpertUnavailable) as error:
-            load("small")
-    line = str(error.value)
-    assert words in line and "\n" not in line and f"put it at {small}, or pass" in line
-    assert not small.exists()
-
-
-@pytest.mark.parametrize("ending", [".part", ".part.tag"])
-def test_download_writes_through_no_link(ending, small, monkeypatch, tmp_path):
-    write(tmp_path / "precious", "precious")
-    small.parent.mkdir()
-    os.symlink(tmp_path / "precious", f"{small}{ending}")
-    with weights_server(small_file(), monkeypatch, cls=Small):
-        with pytest.raises(ExpertUnavailable, match="symbolic link"):
-            load("small")
-    assert (tmp_path / "precious").read_text() == "precious"
-
-
-@pytest.mark.parametrize("answer", ["nonsense\r\n\r\n", "HTTP/1.1 200 OK\r\n"
-                                    "Transfer-Encoding: chunked\r\n\r\n1000\r\nnot so much"])
-def test_server_that_breaks_the_protocol_is_one_line(answer, small, monkeypatch):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.wfile.write(answer.encode())
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", len(payload))
+            self.end_headers()
+            self.wfile.write(payload)
 
         def log_message(self, *args):
             pass
 
     with serving(Handler) as url:
-        monkeypatch.setattr(Small, "url", url)
-        with pytest.raises(ExpertUnavailable, match="^small: .* could not be fetched .[^\n]*$"):
-            load("small")
+        monkeypatch.setattr(Small, "url", f"{url}/small.pt")
+        yield asked
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_full_or_read_only_cache_is_one_line(number, small, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
+def test_weights_are_fetched_once_for_all_processes_and_loaded_as_float32(small, monkeypatch):
+    with weights_server(small_file(), monkeypatch) as asked, ThreadPoolExecutor(2) as pool:
+        experts = list(pool.map(load, ["small"] * 2))
+    assert asked == ["/small.pt"] and small.read_bytes() == small_file()
+    assert {p.dtype for expert in experts for p in expert.parameters()} == {torch.float32}
 
-    monkeypatch.setattr(shutil, "copyfileobj", refuse)
-    with weights_server(small_file(), monkeypatch, cls=Small):
-        with pytest.raises(ExpertUnavailable, match=f"{os.strerror(number)}.*COAT_CACHE"):
+
+def test_download_of_another_digest_is_not_kept(small, monkeypatch):
+    monkeypatch.setattr(Small, "sha256", "0" * 64)
+    with weights_server(small_file(), monkeypatch):
+        with pytest.raises(RuntimeError, match="^small: .* invalid hash value [^\n]*$"):
             load("small")
     assert not small.exists()
 
 
-# What is in a teacher's file, and what its line says.
-
-def odd_weight(make):
-    """The bytes of a file of Small in which make(tensor) is one of the weights."""
-    return saved({"map.weight": make(torch.ones(1, 1)), "map.bias": torch.zeros(1)})
-
-
-def file_in_itself():
-    nested = {}
-    nested["model"] = nested
-    return saved(nested)
-
-
-BAD_TEACHERS = {
-    "empty": (b"", "it begins with b''"),
-    "page": (b"<html>", "it begins with b'<html>'"),
-    "cut": (small_file()[:900], "failed reading zip archive"),
-    "pickle of code": (pickle.dumps({"model": os.system}), "UnpicklingError"),
-    "network": (saved({"model": torch.nn.Linear(1, 1)}), "UnpicklingError"),
-    "list": (saved([1]), "it holds a list, not a dict of tensors"),
-    "no tensors": (saved({"model": {1: "a", "b": [{}]}}), "map.weight is missing"),
-    "itself": (file_in_itself(), "map.weight is missing"),
-    "NaN": (small_file(math.nan), "map.weight has NaN or infinity"),
-    "infinite": (small_file(-math.inf), "map.weight has NaN or infinity"),
-    "overflow": (odd_weight(lambda t: t.double() * 1e300), "map.weight has NaN or infinity"),
-    "gives NaN": (small_file(3e38, 3e38), "it gives NaN or infinity"),
-    "shape": (odd_weight(lambda t: t[0]), r"map.weight is (1,), not (1, 1)"),
-    "complex": (odd_weight(lambda t: t.cfloat()), "map.weight is torch.complex64"),
-    "int": (odd_weight(lambda t: t.int()), "map.weight is torch.int32"),
-    "bool": (odd_weight(lambda t: t.bool()), "map.weight is torch.bool"),
-    "sparse": (odd_weight(lambda t: t.to_sparse()), "torch.sparse_coo on cpu, not dense"),
-    "meta": (odd_weight(lambda t: t.to("meta")), "torch.strided on meta, not dense"),
-    "quantised": (odd_weight(lambda t: torch.quantize_per_tensor(t, 1.0, 0, torch.qint8)),
-                  "map.weight is torch.qint8"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_TEACHERS)
-def test_file_that_is_no_teacher_is_named_in_one_line(name, small, tmp_path):
-    content, words = BAD_TEACHERS[name]
-    path = write(tmp_path / "file.pt", content)
-    with pytest.raises(ExpertUnavailable) as error:
+@pytest.mark.parametrize("content, words", [
+    (None, "No such file"), (b"", "EOFError"), (b"<html>", "Weights only load failed"),
+    (small_file()[:900], "failed reading zip archive"),
+    (pickle.dumps({"model": os.system}, 2), "Weights only load failed"),
+    (saved([1]), "AttributeError"),
+    (saved({"map.weight": torch.ones(1)}), "2 of 2 tensors are missing or of another shape"),
+    (small_file(math.nan), "it gives NaN or infinity")])
+def test_file_that_is_no_expert_is_named_in_one_line(content, words, small, tmp_path):
+    path = tmp_path / "file.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RuntimeError) as error:
         load("small", path)
     line = str(error.value)
-    assert line.startswith(f"small: {path} is damaged or not small.pt of nowhere (")
-    assert words in line and "\n" not in line and "weights_only" not in line
+    assert line.startswith(f"small: cannot load {path} (") and words in line and "\n" not in line
+    assert "--expert-small PATH" in line and "weights_only" not in line
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_teacher_in_any_float_is_loaded_as_float32(dtype, small, tmp_path):
-    path = write(tmp_path / "file.pt", odd_weight(lambda t: t.to(dtype)))
-    assert load("small", path).map.weight.dtype == torch.float32
-
-
-def test_pipe_folder_or_device_is_no_file_of_a_teacher(small, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", tmp_path, "/dev/zero", tmp_path / "missing"):
-        with pytest.raises(ExpertUnavailable, match=f"there is no file {path}$"):
-            load("small", path)
-    small.mkdir(parents=True)    # in the cache: nothing is fetched that could not be put there
-    with pytest.raises(ExpertUnavailable, match=f"there is no file {small}$"):
+def test_missing_weights_say_where_to_get_them(small, monkeypatch):
+    with pytest.raises(RuntimeError, match="refused.* small.pt of http://127.0.0.1:9/small.pt. "):
         load("small")
+    monkeypatch.setattr(experts, "__file__", str(small))    # as if copied alone
+    with pytest.raises(RuntimeError, match="basic_pitch_icassp2022.npz of the repository"):
+        load("pitch")
+
+
+@pytest.mark.parametrize("wave", [
+    torch.zeros(0), torch.zeros(2, 800), torch.zeros(800).double(), torch.zeros(800).half(),
+    torch.zeros(800).short(), torch.full((800,), math.nan), torch.full((800,), 1e30),
+    torch.full((800,), 9830.0)])
+def test_wave_that_is_none_is_refused_by_an_expert_in_one_line(wave):
+    with pytest.raises(ValueError, match=r"^Affect takes a wave .* in \[-1, 1\][^\n]*\Z"):
+        an_expert("affect")(wave)
+
+
+def test_features_that_are_not_finite_give_no_scale(two_heads):
+    """A NaN among the first clips would stay in the scales for good."""
+    clips = [torch.zeros(5, 8), torch.full((5, 8), math.nan)]
+    with pytest.raises(ValueError, match="^expert 'recon' gives NaN or infinity"):
+        two_heads[0].calibrate("recon", clips)
+
+
+def test_missing_expert_stops_a_run_before_its_first_step(tmp_path):
+    error = run("train.py", *QUICK, "--stage", "2:all", "--expert-speech", tmp_path / "no.pt",
+                "--out", tmp_path / "run", fails=True)
+    assert "no.pt" in error and not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_random_experts_of_a_run_are_announced(all_five):
+    process, _ = all_five
+    ended(process)
+    assert open(process.log).read().count("RANDOM WEIGHTS") == 3
+
+
+def test_check_goes_on_after_a_missing_expert(shipped, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experts.py", "--check", "--expert-small", str(tmp_path)])
+    with pytest.raises(SystemExit) as error:
+        experts.main()
+    pitch, missing = capsys.readouterr().out.splitlines()
+    assert error.value.code == 1 and missing.startswith("error: small: ") and "2112 x" in pitch
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3547,49 +2989,6 @@ class Closed(io.StringIO):
 
     def flush(self):
         raise BrokenPipeError
-
-
-@pytest.mark.parametrize("error, code", [
-    (BrokenPipeError(), 1), (OSError("no room"), "error: the table: no room"),
-    (MemoryError("8 TiB"), "error: 8 TiB"), (RuntimeError("two\nlines"), "error: two lines"),
-    (KeyboardInterrupt(), "stopped")])
-def test_check_of_the_teachers_ends_in_one_line(error, code, monkeypatch):
-    def refuse():
-        raise error
-
-    monkeypatch.setattr(torch.hub, "get_dir", refuse)    # in the first row of the table
-    monkeypatch.setattr(os, "dup2", lambda *args: None)
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.delenv("COAT_CACHE", raising=False)
-    with pytest.raises(SystemExit) as end:
-        run_path("experts.py", ["--check"])
-    assert end.value.code == code
-
-
-def test_bench_notices_a_closed_pipe_before_its_end():
-    bench_py = runpy.run_path(str(HERE / "bench.py"))
-    with pytest.raises(BrokenPipeError), contextlib.redirect_stdout(Closed()):
-        bench_py["print_json"](SimpleNamespace(command="facts"), {})
-
-
-def test_bench_advises_flags_that_the_command_has(capsys):
-    advice = runpy.run_path(str(HERE / "bench.py"))["LESS_MEMORY"]
-    for command, words in advice.items():
-        with pytest.raises(SystemExit):
-            run_path("bench.py", [command, "--help"])
-        printed = capsys.readouterr().out
-        assert all(flag in printed for flag in re.findall(r"--[a-z-]+", words)), command
-
-
-def test_bench_looks_whether_it_can_draw_before_it_measures(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write("old.png", "a picture")
-    os.mkfifo("pipe.svg")
-    for path, words in (("folder", "ends in one of"), ("nowhere/x.png", "No such file"),
-                        ("pipe.svg", "not seekable"), ("old.png", "holds no checkpoint")):
-        error = run("bench.py", "latency", "--model", "nowhere", "--plot", path, fails=True)
-        assert words in error
-    assert open("old.png").read() == "a picture"
 
 
 def test_error_ends_a_program_in_one_line_without_traceback(bad_clips):
@@ -3637,9 +3036,7 @@ def test_step_that_will_not_fit_in_memory_ends_a_run_before_its_first(tmp_path, 
     ("train.py", "--focal-gamma 0.5", "give 0, or a number from 1"),
     ("infer.py", "ask tiny missing.wav --question ?", "missing.wav"),
     ("infer.py", "ask nowhere x.wav --question ?", "no file"),
-    ("bench.py", "latency --seconds 1,x", "no list of seconds"),
-    ("bench.py", "latency --seeds 0", "'0' is no whole number from 1 to"),
-    ("bench.py", "loss --tokens 20 --hidden 16", "--tokens at least"),
+    ("bench.py", "latency --seeds 0", "--seeds: '0'"),
     ("train.py", "--batch 2.5", "--batch: '2.5' is no whole number from 1 to"),
     ("train.py", "--batch 1048577", "to 1048576"),
     ("train.py", "--micro-tokens 9999999999", "--micro-tokens: "),
@@ -3677,18 +3074,7 @@ def test_step_that_will_not_fit_in_memory_ends_a_run_before_its_first(tmp_path, 
     ("infer.py", "score tiny tones --out x --judge-price 1 nan", "'nan' is no number"),
     ("infer.py", "score tiny tones --out x --judge-price -1 2", "--judge-price: '-1'"),
     ("infer.py", "probe tiny --data tones --max-new-tokens 0", "--max-new-tokens: "),
-    ("bench.py", "latency --batch 9999999", "--batch: "),
-    ("bench.py", "latency --seconds nan", "give 0.1 to 120 s"),
-    ("bench.py", "train --steps 0", "--steps: "), ("bench.py", "train --mix 1,nan", "0.1 to 120 s"),
-    ("bench.py", "train --mix 1", "--mix 1: give two lengths"),
-    ("bench.py", "train --mix 1,2,3", "--mix 1,2,3: give two lengths"),
-    ("bench.py", "train --head-width -1", "--head-width: "),
-    ("bench.py", "loss --hidden 0", "--hidden: "), ("bench.py", "scale --repeats x", "--repeats: "),
-    ("bench.py", "scale --seconds 1,1", "--seconds: give each number once"),
-    ("bench.py", "scale --seconds 3,1", "--seconds: give each number once"),
-    ("bench.py", "scale --ranks 1 1", "--ranks: give each number once"),
-    ("bench.py", "scale --ranks 100000", "--ranks: '100000' is no whole number from 1 to 1024"),
-    ("bench.py", "facts --head-width 0", "--head-width: ")])
+    ("bench.py", "train --head-width -1", "--head-width: ")])
 def test_wrong_flags_end_in_one_line(program, flags, words):
     assert words in run(program, *flags.split(), fails=True)
 
@@ -3844,19 +3230,16 @@ def test_judge_that_refuses_ends_the_scoring(judged):
 # --------------------------------------------------------------------------------------------------
 # What goes wrong: while training
 
+def no_room(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
 def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    save = torch.save
-    saved = []
-
-    def full(*args):
-        saved.append(args)
-        if len(saved) == 2:
-            raise OSError(28, "No space left on device")
-        save(*args)
-
-    monkeypatch.setattr(torch, "save", full)
-    flags = [*QUICK, "--stage", "2:recon", "--stage", "4:recon", "--save-every", 2]
-    error = run("train.py", *flags, "--out", tmp_path, fails=True)
+    replies = [torch.save, no_room]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *args: replies.pop(0)(*args))
+        error = run("train.py", *QUICK, "--stage", "2:recon", "--stage", "4:recon", "--save-every",
+                    2, "--out", tmp_path, fails=True)
     assert "No space left" in error
     assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
     run("train.py", "--resume", tmp_path)
@@ -3866,8 +3249,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
     process = start(train_in_a_group, tmp_path / "log", *QUICK, "--stage", "999:recon",
                     "--workers", 1, "--out", tmp_path / "run")
-    while process.is_alive() and "step 3/" not in open(process.log).read():
-        time.sleep(0.05)
+    wait_for(process, "step 3/")
     os.killpg(process.pid, signal.SIGTERM)
     ended(process)
     step = logged(tmp_path / "run", "step")[-1]
@@ -3875,70 +3257,28 @@ def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
     assert os.path.exists(tmp_path / "run" / f"checkpoint-{step}" / "state.pt")
 
 
-def test_step_that_is_not_finite_is_left_out(tmp_path):
-    printed = run("train.py", *QUICK, "--stage", "3:recon:1e30", "--out", tmp_path)
-    assert re.search(r"step 2 is left out: the loss is not finite; rows \[(\d+, ){3}\d+\]", printed)
-    assert logged(tmp_path, "lost") == [0, 1, 2] and logged(tmp_path)[1:] == [None, None]
+def test_killed_data_process_ends_the_run_in_one_line_with_a_save(tmp_path):
+    process = start(train, tmp_path / "log", *QUICK, "--stage", "999:recon", "--workers", 1,
+                    "--out", tmp_path / "run")
+    wait_for(process, "step 3/")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    ended(process, status=1)
+    step = logged(tmp_path / "run", "step")[-1]
+    last = open(process.log).read().strip().splitlines()[-1]
+    assert last.startswith("error: DataLoader worker") and f"saved after step {step}" in last
+    assert os.path.exists(tmp_path / "run" / f"checkpoint-{step}" / "state.pt")
 
 
-def test_fifth_step_in_a_row_that_is_not_finite_saves_and_ends_the_run(tmp_path):
-    error = run("train.py", *QUICK, "--stage", "9:recon:1e30", "--out", tmp_path, fails=True)
-    assert "step 6 is the 5th in a row that is left out: the loss is not finite" in error
-    state = torch.load(tmp_path / "checkpoint-6" / "state.pt", weights_only=True)
-    assert state["lost"] == 5
-
-
-def test_resume_into_another_folder_is_refused(short_run):
-    assert "leave out --out" in run("train.py", "--resume", "run", "--out", "other", fails=True)
-
-
-def test_start_that_came_to_no_checkpoint_can_be_begun_anew(tmp_path):
-    (tmp_path / "log.jsonl").write_text("of a run that was killed before its first checkpoint")
-    run("train.py", *QUICK, "--stage", "1:recon", "--out", tmp_path)
-    assert logged(tmp_path, "step") == [1]
-
-
-def test_run_with_checkpoints_is_not_begun_anew(short_run):
-    assert "already holds checkpoints" in run("train.py", *short_run, fails=True)
-
-
-def test_torchrun_restarts_a_run_where_it_stands(short_run, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    run("train.py", *short_run)
-    assert logged(Path("run"), "step") == [1, 2]
-
-
-def test_resume_refuses_other_flags(short_run):
-    error = run("train.py", "--resume", "run", "--lr", 1, fails=True)
-    assert "--lr (was 0.002, now 1.0)" in error
-
-
-def test_resume_refuses_other_rows(short_run):
-    with open("rows.jsonl", "a") as file:
-        file.write('\n{"audio": null, "prompt": "One", "response": "more"}')
-    assert "not those that the run began with" in run("train.py", "--resume", "run", fails=True)
-
-
-def test_resume_refuses_audio_of_another_length(short_run):
-    soundfile.write("1.wav", noise(0.7).numpy(), 16000)
-    assert "not those that the run began with" in run("train.py", "--resume", "run", fails=True)
-
-
-def test_resume_names_other_versions_and_ranks_and_goes_on(short_run):
-    assert "not bit for bit" not in run("train.py", "--resume", "run")
-    was = {"versions": {"torch": "1.0"}, "world": 2}
-    with edited_json("run/config.json") as config:
-        config |= was
-    printed = run("train.py", "--resume", "run")
-    assert all(f"not bit for bit: {what} was {value}" in printed for what, value in was.items())
-
-
-def test_resume_without_the_memory_calls_no_checkpoint_damaged(short_run, monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-
-    monkeypatch.setattr(torch, "load", full)
-    assert "error: no memory left" in run("train.py", "--resume", "run", fails=True)
+@pytest.mark.parametrize("steps, lost", [(3, [0, 1, 2]), (9, [0, 1, 2, 3, 4, 5])])
+def test_steps_that_are_not_finite_are_left_out_and_five_in_a_row_end_the_run(tmp_path, steps, lost):
+    flags = [*QUICK, "--stage", f"{steps}:recon:1e30", "--out", tmp_path]
+    printed = run("train.py", *flags, fails=len(lost) > 3)
+    assert re.search(r"step \d is left out: the loss of rows \[(\d+, ){3}\d+\] is not fin", printed)
+    assert logged(tmp_path, "lost") == lost
+    assert logged(tmp_path)[1:] == [None] * (len(lost) - 1)
+    state = torch.load(tmp_path / f"checkpoint-{len(lost)}/state.pt", weights_only=True)
+    assert state["progress"]["lost"] == lost[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -3967,126 +3307,89 @@ def test_run_whose_output_nobody_reads_saves_and_goes_on(tmp_path):
     process = start(train_into_a_closed_pipe, tmp_path / "log", *QUICK, "--stage", "2:recon",
                     "--out", tmp_path / "run")
     ended(process, status=1)
-    assert "Broken pipe; the run is saved after step 0; go on with" in open(process.log).read()
+    assert "Broken pipe. The run is saved after step 0; go on with" in open(process.log).read()
     run("train.py", "--resume", tmp_path / "run")
     assert logged(tmp_path / "run", "step") == [1, 2]
 
 
-def test_disk_too_full_for_the_log_ends_the_run_with_a_save(tmp_path, monkeypatch):
-    plain = open
-
-    def full(path, mode="r", *args, **kwargs):
-        if mode == "a":
-            raise OSError(28, "No space left on device")
-        return plain(path, mode, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", full)
-        error = run("train.py", *QUICK, "--stage", "2:recon", "--out", tmp_path, fails=True)
-    assert "No space left on device; the run is saved after step 1; go on with" in error
-    assert "log.jsonl lacks 1 of the 1 steps" in run("train.py", "--resume", tmp_path)
-    assert logged(tmp_path, "step") == [2]
+def test_start_that_came_to_no_checkpoint_can_be_begun_anew(tmp_path):
+    (tmp_path / "log.jsonl").write_text("of a run that was killed before its first checkpoint")
+    run("train.py", *QUICK, "--stage", "1:recon", "--out", tmp_path)
+    assert logged(tmp_path, "step") == [1]
 
 
-def test_disk_too_full_for_the_first_checkpoint_advises_a_new_start(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
+def test_torchrun_restarts_a_run_where_it_stands(short_run, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run("train.py", *short_run)
+    assert logged(Path("run"), "step") == [1, 2]
 
-    monkeypatch.setattr(torch, "save", full)
-    error = run("train.py", *QUICK, "--stage", "1:recon", "--out", tmp_path, fails=True)
-    assert error.endswith(f"make room and start anew with --out {tmp_path}")
-    assert not list(tmp_path.glob("checkpoint*"))
+
+def test_run_is_resumed_from_any_folder(finished, short_run, tmp_path, monkeypatch):
+    flags = json.loads(Path("run/config.json").read_text())["flags"]
+    assert flags["data"] == [str(finished[0] / "rows.jsonl")]
+    monkeypatch.chdir("/")
+    run("train.py", "--resume", tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--resume", "run", "--lr", 1], "--lr was 0.002 when the run began"),
+    (["--resume", "elsewhere"], "'elsewhere' is no run"),
+    (["--out", "run"], "holds checkpoints already"),
+    (["--data", "rows.jsonl", "tones", "--stage", "1:recon"], "--data names 2 for 1 stages"),
+    (["--stage", "5"], "give STEPS:EXPERTS"), (["--stage", "5:reconn"], "there is no such expert"),
+    (["--stage", "5:recon=x"], "could not convert"), (["--stage", "0:recon"], "is not from 1"),
+    (["--stage", "5:recon:nan"], "'nan' is not from"),
+])
+def test_flags_that_do_not_fit_are_refused(short_run, flags, words):
+    assert words in run("train.py", *flags, fails=True)
+
+
+def add_row():
+    with open("rows.jsonl", "a") as file:
+        file.write('\n{"audio": null, "prompt": "One", "response": "more"}')
+
+
+@pytest.mark.parametrize("change", [
+    add_row, lambda: soundfile.write("1.wav", noise(0.7).numpy(), 16000)])
+def test_resume_refuses_other_rows_and_audio_of_another_length(short_run, change):
+    change()
+    error = run("train.py", "--resume", "run", "--data", "rows.jsonl", fails=True)
+    assert "not those that the run began with" in error
+
+
+def test_resume_names_another_torch_and_number_of_ranks_and_goes_on(short_run):
+    assert "not bit for bit" not in run("train.py", "--resume", "run")
+    was = {"torch": "1.0", "world": 2}
+    with edited_json("run/config.json") as config:
+        config |= was
+    printed = run("train.py", "--resume", "run")
+    assert all(f"not bit for bit: {what} was {value}" in printed for what, value in was.items())
 
 
 def test_folder_that_another_run_holds_is_refused(short_run, monkeypatch):
     acquire = model.FileLock.acquire
     monkeypatch.setattr(model.FileLock, "acquire", lambda lock, timeout: acquire(lock, timeout=0))
-    with model.hold("run"):
-        for flags in (["--resume", "run"], short_run):
-            assert "'run' is in use by another process" in run("train.py", *flags, fails=True)
-    assert "done" in run("train.py", "--resume", "run")
+    with model.FileLock("run/.lock"):
+        assert "run/.lock" in run("train.py", "--resume", "run", fails=True)
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", "cannot be read"), (b'{"flags": {"ba', "cannot be read"), (b"\xff\xfe", "cannot be read"),
-    (b"[" * 10 ** 5, "cannot be read"), (b"[1]", "no JSON object"), (b"{}", 'lacks "flags"'),
-    (b'{"flags": []}', 'lacks "flags"'), (b'{"flags": {}}', 'lacks "data"'),
-])
-def test_damaged_config_of_a_run_is_named(short_run, content, words):
-    write("run/config.json", content)
-    for flags in (["--resume", "run"], ["--init-from", "run", "--out", "new"]):
-        error = run("train.py", *flags, fails=True)
-        assert "run/config.json' " in error and words in error and f"give {flags[0]}" in error
-
-
-@pytest.mark.parametrize("flags, words", [
-    ({"old": 3}, "--old is missing, of another kind, or"), ({"batch": "4"}, "--batch is missing"),
-    ({"lr": None}, "--lr is missing"), ({"stage": [5]}, "--stage is missing"),
-    ({"backbone": "gpt"}, "--backbone gpt: there are"), ({"batch": -1}, "'-1' is no whole number"),
-    ({"seed": math.nan}, "'nan' is no whole number"), ({"keep": "x"}, "'x' is no whole number"),
-    ({"no_think": 3}, "argument --no-think"),
-])
-def test_flags_of_a_run_are_read_as_if_they_were_given(short_run, flags, words):
-    with edited_json("run/config.json") as config:
-        config["flags"] |= flags
-    assert words in run("train.py", "--resume", "run", fails=True)
-
-
-def test_run_begun_by_code_without_one_of_the_flags_is_not_gone_on_with(short_run):
-    """But for those that change no step."""
-    with edited_json("run/config.json") as config:
-        del config["flags"]["tensorboard"]
-    run("train.py", "--resume", "run")
-    with edited_json("run/config.json") as config:
-        del config["flags"]["clip"]
-    assert "--clip is missing" in run("train.py", "--resume", "run", fails=True)
-
-
-@pytest.mark.parametrize("name, content", [
-    ("adapter_model.safetensors", None), ("adapter_config.json", b"{}"),
-    ("heads.safetensors", None), ("heads.safetensors", b""), ("heads.safetensors", b"{}" * 99),
-    ("state.pt", None), ("state.pt", b""), ("state.pt", b"{}"), ("state.pt", bytes(range(256))),
-])
-def test_damaged_file_of_a_checkpoint_is_named(short_run, name, content):
-    os.remove(f"run/checkpoint-2/{name}")
-    if content is not None:
-        write(f"run/checkpoint-2/{name}", content)
-    error = run("train.py", "--resume", "run", fails=True)
-    assert "run/checkpoint-2" in error and (name in error or "adapter" in name)
-    if "adapter" not in name:
-        assert "delete 'run/checkpoint-2'" in error
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"step": 3}, "it is of step 3"), ({"step": None}, "it is of step None"),
-    ({"optimizer": []}, "TypeError"), ({"rng": ["x"]}, "AttributeError"), (None, "something else"),
-])
-def test_state_of_another_checkpoint_is_refused(short_run, change, words):
-    path = "run/checkpoint-2/state.pt"
-    state = torch.load(path, weights_only=True)
-    torch.save(state | change if change else state["rng"], path)
-    error = run("train.py", "--resume", "run", fails=True)
-    assert path in error and words in error
-
-
-def test_moments_of_another_model_are_refused(short_run):
-    path = "run/checkpoint-2/state.pt"
-    state = torch.load(path, weights_only=True)
-    moments = state["optimizer"]["state"][0]
-    moments["exp_avg"] = moments["exp_avg"].T
-    torch.save(state, path)
-    assert "its moments are of another size" in run("train.py", "--resume", "run", fails=True)
-
-
-@pytest.mark.parametrize("damage, lacking", [
-    (lambda lines: "", 2), (lambda lines: lines[0] + lines[1][:20], 1),
-    (lambda lines: '{"step": 1, "ce": "x"}\n[1]\n' + lines[1], 1),
-])
-def test_steps_that_a_damaged_log_lacks_are_counted(short_run, damage, lacking):
-    lines = Path("run/log.jsonl").read_text().splitlines(keepends=True)
-    write("run/log.jsonl", damage(lines))
-    assert f"log.jsonl lacks {lacking} of the 2 steps" in run("train.py", "--resume", "run")
-    assert len(log_lines(Path("run"))) == 2 - lacking
+@pytest.mark.parametrize("name", ["state.pt", "heads.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{}" * 99, "nan"])
+def test_damaged_checkpoint_is_refused_in_one_line(short_run, name, content):
+    path = f"run/checkpoint-2/{name}"
+    if content == "nan" and name == "state.pt":
+        state = torch.load(path, weights_only=True)
+        state["optimizer"]["state"][0]["exp_avg"].fill_(math.nan)
+        torch.save(state, path)
+    elif content == "nan":
+        weights = safetensors.torch.load_file(path)
+        safetensors.torch.save_file({key: w * math.nan for key, w in weights.items()}, path)
+    else:
+        os.remove(path)
+        if content is not None:
+            write(path, content)
+    printed = run("train.py", "--resume", "run", fails=True)
+    assert printed.startswith("error: ")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4221,31 +3524,34 @@ def tiny_llama(folder):
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
-    """{name: model_path}, None for tiny, which is built in memory"""
-    parts = [str(tmp_path_factory.mktemp(name)) for name in ("whisper", "llama")]
-    tiny_whisper(parts[0])
-    tiny_llama(parts[1])
-    folders = {"tiny": None, "small": ",".join(parts)}
+    """{key of `coat`: (name, model_path)}; tiny has no files"""
+    folder = tmp_path_factory.mktemp("hub")
+    folders = {"tiny": ("tiny", None), "composed": ("qwen2-audio", str(folder / "composed"))}
+    tiny_whisper(folder / "whisper")
+    tiny_llama(folder / "llama")
+    compose = runpy.run_path(str(HERE / "docs/compose.py"))["compose"]
+    compose(str(folder / "whisper"), str(folder / "llama"), str(folder / "composed"))
     for name in REAL:
-        folders[name] = str(tmp_path_factory.mktemp(name))
-        tiny_hub(name, folders[name])
+        folders[name] = name, str(folder / name)
+        tiny_hub(name, folder / name)
     return folders
 
 
-def loaded(name, folder, **kwargs):
+def loaded(key, hub, **kwargs):
     """A CoAT with adapters that do something (a fresh LoRA is zero)."""
     torch.manual_seed(1)
-    coat = load_coat(name, model_path=folder, trainable=True, **kwargs)
+    coat = load_coat(*hub[key], trainable=True, train_projector=key == "composed", **kwargs)
+    coat.where = key
     with torch.no_grad():
-        for key, p in coat.named_parameters():
-            if "lora_B" in key or "trainable_tokens_delta" in key:
+        for name, p in coat.named_parameters():
+            if "lora_B" in name or "trainable_tokens_delta" in name:
                 p.add_(0.05 * torch.randn_like(p))
     return coat.eval()
 
 
-@pytest.fixture(scope="session", params=BACKBONES)
+@pytest.fixture(scope="session", params=[*BACKBONES, "composed"])
 def coat(request, hub):
-    return loaded(request.param, hub[request.param])
+    return loaded(request.param, hub)
 
 
 @pytest.fixture(scope="session")
@@ -4269,7 +3575,7 @@ def text_think(hub, tmp_path_factory):
     """The adapter of Audio Flamingo 3's authors for thinking in text, in its old layout."""
     name = "audio-flamingo-3"
     folder = tmp_path_factory.mktemp("think")
-    ours = loaded(name, hub[name])
+    ours = loaded(name, hub)
     ours.lm.save_pretrained(folder, save_embedding_layers=False)
     path = folder / "adapter_model.safetensors"
     old = {}
@@ -4283,7 +3589,7 @@ def text_think(hub, tmp_path_factory):
     torch.save({"base_model.model.multi_modal_projector.linear_2.bias": bias},
                folder / "non_lora_trainables.bin")
     ask = ["ask", name, HERE / "assets/clips/cow.flac", "--question", "?", "--device", "cpu",
-           "--model-path", hub[name], "--max-new-tokens", 2, "--json", "--text-think"]
+           "--model-path", hub[name][1], "--max-new-tokens", 2, "--json", "--text-think"]
     return SimpleNamespace(ours=ours, folder=str(folder), bias=bias, ask=ask)
 
 
@@ -4296,7 +3602,8 @@ def rows():
 
 
 def two_questions(coat):
-    return build_inputs(coat, [noise(1.0), noise(2.2, 5)], ["Which?", "Which note is it?"])
+    return build_inputs(coat, [noise(1.0), noise(2.2, 5)], ["Which?", "Which note is it?"],
+                        think=True)
 
 
 def noise(seconds, seed=0):
@@ -4318,10 +3625,6 @@ def run_card(folder, clip, question):
     with contextlib.redirect_stdout(out):
         exec(code.replace("What is heard?", question), {})
     return out.getvalue()
-
-
-def print_greedy(adapter, batch):
-    print(greedy(load_coat(adapter), torch.load(batch, weights_only=True)).tolist())
 
 
 @torch.no_grad()
@@ -4361,7 +3664,7 @@ def forward_and_projected(coat, batch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Harness: heads and teachers
+# Harness: heads and experts
 
 class AcrossFrames(torch.nn.Conv1d):
     """(.., L, E) -> (.., L, E'), a readout that looks at neighbours, as that of pitch does."""
@@ -4384,8 +3687,17 @@ def two_heads():
     return expert_heads, torch.randn(2, 9, 64), valid, targets
 
 
+@pytest.fixture
+def shipped():
+    """Leaves the experts that need no other file."""
+    with unittest.mock.patch.dict(EXPERTS):
+        for name in ("speech", "sound", "affect"):
+            del EXPERTS[name]
+        yield
+
+
 # Sizes of the emotion2vec of the reference numbers
-TINY = dict(dim=256, prenet=3, depth=2, tokens=5, scale_heads=4)
+TINY = dict(dim=256, prenet=3, depth=2, tokens=5)
 
 
 def fill(key, shape):
@@ -4406,7 +3718,7 @@ def fill(key, shape):
 
 
 def official(cls, **sizes):
-    """{official name: filled tensor} of a teacher."""
+    """{official name: filled tensor} of an expert."""
     with torch.device("meta"):
         module = cls(**sizes)
     filled = {}
@@ -4424,7 +3736,7 @@ def official_name(module, key):
 
 
 @functools.cache
-def teacher(name):
+def an_expert(name):
     """The official pitch; the others filled by the recipe, emotion2vec in a small size."""
     if name == "pitch":
         return load("pitch")
@@ -4481,36 +3793,6 @@ def clicks(expert, front, tokens, seconds):
         change = (front(F.pad(wave, padding)) - before).detach()[:expert.frames(len(wave))]
         n = int(seconds * TOKEN_RATE)
         yield token, resample_frames(change, n, expert.frame_rate, expert.offset).norm(dim=1)
-
-
-@contextlib.contextmanager
-def weights_server(payload, monkeypatch, breaks_at=None, cls=SpeechUnits, then=None, honest=True):
-    """Serves a teacher's weights; the first answer breaks off. -> from which bytes on.
-
-    then    the file from the second answer on, of another version
-    honest  what is asked of one version is not answered with bytes of another"""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            file = then if then and asked else payload
-            version = f'"{zlib.crc32(file)}"'
-            same = self.headers["If-Range"] == version or not honest
-            begin = int(self.headers["Range"][6:-1]) if self.headers["Range"] and same else 0
-            asked.append(begin)
-            self.send_response(206 if begin else 200)
-            self.send_header("ETag", version)
-            self.send_header("Content-Length", len(file) - begin)
-            self.send_header("Content-Range", f"bytes {begin}-{len(file) - 1}/{len(file)}")
-            self.end_headers()
-            self.wfile.write(file[begin:breaks_at if len(asked) == 1 else None])
-
-        def log_message(self, *args):
-            pass
-
-    with serving(Handler) as url:
-        monkeypatch.setattr(cls, "url", f"{url}/{cls.filename}")
-        yield asked
 
 
 @contextlib.contextmanager
@@ -4606,7 +3888,8 @@ def bad_clips(tmp_path_factory):
     wav(folder, "nan.wav", np.where(t == 8000, np.nan, tone), subtype="FLOAT")
     wav(folder, "short.wav", tone[:320])
     wav(folder, "long.wav", np.zeros(121 * 8000, np.float32), 8000)
-    cut_in_half(wav(folder, "cut.flac", np.random.default_rng(0).standard_normal(160000) / 8))
+    wav(folder, "huge.wav", np.where(t == 8000, 1e30, tone), subtype="FLOAT")
+    wav(folder, "int16.wav", 9830 * np.sign(tone), subtype="FLOAT")
     return {name: str(folder / name) for name in BAD_CLIPS}
 
 
@@ -4687,7 +3970,9 @@ def run(program, *args, fails=False):
     if not fails:
         return out.getvalue()
     lines = err.getvalue().strip().splitlines()
-    line, = [line for line in lines if not re.search("^usage:|Loading weights", line)]
+    lines = [line for line in lines if not re.search("^usage:|Loading weights", line)]
+    assert len(lines) == 1, lines
+    line, = lines
     return line
 
 
@@ -4851,6 +4136,11 @@ def start(target, log, *args, **env):
     open(log, "w").close()
     process.start()
     return process
+
+
+def wait_for(process, words):
+    while process.is_alive() and words not in open(process.log).read():
+        time.sleep(0.05)
 
 
 def ended(*processes, status=0):
