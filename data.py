@@ -92,22 +92,21 @@ def open_audio(clip, start=None, end=None, name=None):
     Returns (Sound, first frame, frame after the last). Raises InputError with the name."""
     name = name or clip
     if isinstance(clip, str) and not os.path.isfile(clip):
-        raise InputError(f"no file '{name}'; check the path")
+        raise InputError(f"no file '{name}'")
     try:
         sound = Sound(clip)
         if sound.length is None:
             length = sum(map(len, iter(lambda: list(sound.read(sound.samplerate)), [])))
             sound = Sound(clip)
             sound.length = length
-    except (TypeError, soundfile.LibsndfileError) as e:    # TypeError: .raw, which has no header
-        raise InputError(f"cannot decode '{name}' ({getattr(e, 'error_string', 'no header')}); "
-                         f"make a wav of it: ffmpeg -i '{name}' clip.wav") from e
+    except (OSError, TypeError, soundfile.LibsndfileError) as e:    # TypeError: .raw
+        raise InputError(f"cannot decode '{name}' ({getattr(e, 'error_string', e)}); make a wav: "
+                         f"ffmpeg -i '{name}' clip.wav") from e
     rate = sound.samplerate
     first = round((start or 0) * rate)
     last = sound.length if end is None else min(sound.length, round(end * rate))
     if sound.format not in WHOLE:
-        raise InputError(f"'{name}' is {sound.format}, which cannot tell whether it is whole; "
-                         "convert it to wav or flac")
+        raise InputError(f"'{name}' is {sound.format}, which cannot tell whether it is whole")
     # libsndfile reads what is left of a file; only its log tells.
     sizes = re.findall(r": +(\d+) \(should be (\d+)\)", sound.extra_info)
     is_cut = [1.01 * int(there) < int(stated) < STREAMED for stated, there in sizes]
@@ -136,14 +135,13 @@ def read_audio(clip, start=None, end=None, name=None):
         except soundfile.LibsndfileError as e:
             raise InputError(f"'{name}' breaks off ({e.error_string}); export it again") from e
         if len(frames) < 0.99 * (last - first):
-            raise InputError(f"'{name}' is cut off: {len(frames)} of {last - first} samples; "
-                             "copy it again")
+            raise InputError(f"'{name}' is cut off: {len(frames)} of {last - first} samples")
         if sound.format != "MP3":    # that was read frame by frame; of one more a rest may be left
             sound.stream.seek(4)
         rest = sound.stream.read() if last == sound.length else b""
         if len(rest) > 4096 and re.search(STARTS.get(sound.format, b"$^"), rest):
-            raise InputError(f"'{name}' goes on after its end at {last / sound.samplerate:.2f} s, "
-                             "as joined files do; decode them one by one, or export it again")
+            raise InputError(f"'{name}' goes on after its end at {last / sound.samplerate:.2f} s: "
+                             "files joined in one; export it again")
     peak = np.abs(frames).max()
     if not peak <= MAX_PEAK:    # so that NaN is refused too
         raise InputError(f"'{name}' has samples up to {peak:g}; export it with samples from -1 to "
@@ -257,11 +255,9 @@ class Manifest:
         starts = array("q")    # first byte of each row in its file
         stated = array("d")    # seconds of each row, nan where unknown
         for path in paths:
-            if os.path.isdir(path) or path.endswith(".parquet"):
-                raise InputError(f"'{path}' is no manifest; python data.py convert hub writes one")
-            if not os.path.isfile(path):
-                raise InputError(f"no manifest '{path}'; give a file with one JSON object a line, "
-                                 f"or a benchmark: {', '.join(BENCHMARKS)}")
+            if not os.path.isfile(path) or path.endswith(".parquet"):
+                raise InputError(f"'{path}' is no file with one JSON object a line, which data.py "
+                                 f"convert writes, nor a benchmark: {', '.join(BENCHMARKS)}")
             start = 0
             for number, line in enumerate(open(path, "rb"), 1):
                 if line.strip():
@@ -273,7 +269,7 @@ class Manifest:
                     self.tasks[row["task"]] += 1
                 start += len(line)
             if len(starts) == self.first[-1]:
-                raise InputError(f"'{path}' holds no rows; write one JSON object a line")
+                raise InputError(f"'{path}' holds no rows")
             self.first.append(len(starts))
         self.starts = np.array(starts)
         self.stated = np.array(stated)
@@ -774,10 +770,11 @@ def make_rows(spec, cells, root="", audio=None):
     question = next(filter(str.strip, fill("question")), "").strip()
     wordings = spec.get("wordings") or WORDINGS[spec["task"]]
     lettered = []
-    if spec.get("options") or spec.get("choices"):
-        columns = spec.get("choices")
-        row["choices"] = read_choices(spec.get("options") or (
-            cells[columns] if isinstance(columns, str) else [cells[key] for key in columns]))
+    columns = spec.get("choices")
+    options = spec.get("options") or (cells[columns] if isinstance(columns, str)
+                                      else [cells[column] for column in columns or ()])
+    if columns or options:
+        row["choices"] = read_choices(options)
         if spec["task"] in CLASSES:    # in an order of the clip's own, so that no letter is a hint
             question = wordings[digest(name) % len(wordings)]
             row["choices"].sort(key=lambda choice: digest(name, choice))
@@ -903,7 +900,7 @@ def read_table(path, quoted=True, each=()):
 
 
 def corpus_items(name, root, split):
-    """Yields {column: value} of the items of a corpus, or why one becomes no row."""
+    """Yields arguments of make_rows for the items of a corpus, or why one becomes no row."""
     spec = CORPORA[name]
     as_named = spec.get("split_names", {}).get(split, split)
     tables = [table.replace("{split}", as_named) for table in as_list(spec["table"])]
@@ -927,7 +924,7 @@ def corpus_items(name, root, split):
                 found = re.search(form.replace("{split}", split), str(cells[column]), re.S)
                 cells |= found.groupdict() if found else {}
                 odd += [] if found else [column]
-            yield f"with another {odd[0]}" if odd else cells
+            yield f"with another {odd[0]}" if odd else (spec, cells, root)
 
 
 def open_dataset(place, config=None, split=None, **options):
@@ -972,8 +969,8 @@ class Benchmark(Manifest):
         self.column = spec.get("clip", "audio")
         self.table = None    # datasets.Dataset
         if corpus and os.path.isdir(place or "") and not glob.glob(f"{place}/*.arrow"):
-            items = [item for item in corpus_items(corpus, place, spec["split"])
-                     if not isinstance(item, str)]
+            items = [found[1] for found in corpus_items(corpus, place, spec["split"])
+                     if not isinstance(found, str)]
             spec = CORPORA[corpus] | spec | {"response": CORPORA[corpus]["response"]}
         elif place or hub:
             options = {key: spec[key] for key in ("data_files",) if key in spec}
@@ -1025,8 +1022,7 @@ def layout_of(name):
 
 def any_corpus(args):
     for split in args.split or CORPORA[args.name]["splits"]:
-        for found in corpus_items(args.name, args.root, split):
-            yield found if isinstance(found, str) else (CORPORA[args.name], found, args.root)
+        yield from corpus_items(args.name, args.root, split)
 
 
 def any_table(args):
@@ -1115,7 +1111,7 @@ def pitch_class_of(row):
     posteriorgram where that is above 0.5. None without a note. Raises InputError."""
     expert = load("pitch")
     wave, rate = read_audio(row["audio"], row.get("start"), row.get("end"))
-    _, notes, _ = expert.notes(at_rate(wave, rate, expert.sample_rate))    # (F, 88) from A0
+    notes = expert.notes(at_rate(wave, rate, expert.sample_rate))    # (F, 88) from A0
     strengths = torch.where(notes > 0.5, notes, 0).sum(0)
     by_class = torch.zeros(12).index_add(0, (torch.arange(88) + 9) % 12, strengths)
     return PITCH_CLASSES[by_class.argmax()] if by_class.any() else None

@@ -873,7 +873,7 @@ def test_length_that_no_header_states_is_counted(tmp_path, name):
 
 BAD_CLIPS = {    # file: what the message must say
     "missing.wav": "no file", "empty.wav": "cannot decode", "text.wav": "ffmpeg -i",
-    "x.raw": r"cannot decode .*\(no header\)", "talk.sph": "cannot tell whether it is whole",
+    "x.raw": "cannot decode", "talk.sph": "cannot tell whether it is whole",
     "zero_samples.wav": "no samples", "short.wav": "0.02 s", "long.wav": "121.00 s",
     "nan.wav": "up to nan", "huge.wav": "up to 1e", "int16.wav": "up to 9830; .* integers",
 }
@@ -929,8 +929,8 @@ def test_row_that_cannot_be_used_gives_one_line_with_its_number(tmp_path, line, 
 
 
 @pytest.mark.parametrize("name, words", [
-    ("none.jsonl", "no manifest .*mmau"), ("empty.jsonl", "no rows"), ("a.parquet", "convert hub"),
-    (".", "convert hub"), ("tones:xyz", "give tones"), ("tones:note:5:5", "give tones")])
+    ("none.jsonl", "no file with .*mmau"), ("empty.jsonl", "no rows"), ("a.parquet", "convert"),
+    (".", "convert"), ("tones:xyz", "give tones"), ("tones:note:5:5", "give tones")])
 def test_source_that_does_not_exist_is_refused(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     write("empty.jsonl", "\n")
@@ -1187,7 +1187,7 @@ def test_allot_sums_to_n_and_keeps_caps_and_proportions():
     ('"share": 2', '"share": 2, "draw": "alike"'), ('"c.jsonl"', '"no.jsonl"'), (MIXTURE, "[]")])
 def test_bad_mixture_is_refused_in_one_line(mixture, old, new):
     write(mixture.path, MIXTURE.replace(old, new, 1))
-    with pytest.raises(InputError, match="mixture.json|no manifest") as error:
+    with pytest.raises(InputError, match="mixture.json|no.jsonl") as error:
         Mixture(mixture.path)
     assert "\n" not in str(error.value)
 
