@@ -816,8 +816,8 @@ def read_choices(given):
     if isinstance(given, str) and given.startswith("["):
         with contextlib.suppress(ValueError, SyntaxError):
             given = ast.literal_eval(given)
-    if isinstance(given, str):
-        given = given.strip().split("\n" if "\n" in given else "|")
+    if isinstance(given, str):    # "(A) this (B) that", too
+        given = re.split(r"\n|\s(?=\([B-Z]\)\s)|\|", given.strip())
     texts = ["" if text is None else str(text).strip() for text in given or ()]
     while texts and not texts[-1]:
         texts.pop()
@@ -942,7 +942,7 @@ def open_dataset(place, config=None, split=None, **options):
         files = files or found
     if files:
         table = datasets.load_dataset("parquet", data_files=files, split="train")
-    elif os.path.isdir(place):
+    elif glob.glob(f"{place}/dataset_*.json"):
         table = datasets.load_from_disk(place)
     else:
         table = datasets.load_dataset(place, config, split=split, **options)
@@ -988,6 +988,8 @@ class Benchmark(Manifest):
             except LeftOut as e:
                 self.rows.append({"audio": label, "task": spec["task"]})
                 self.left_out.append((i, InputError(f"{label}: {e}")))
+            except KeyError as e:
+                raise InputError(f"{place or hub} has no column {e}, but {', '.join(cells)}") from e
         self.paths = (name,)
         self.first = [0, len(self.rows)]
         self.tasks = Counter(row["task"] for row in self.rows)
@@ -1057,24 +1059,27 @@ def any_table(args):
                 with open(path, "wb") as file:
                     file.write(clip["bytes"])
                 clip = {"path": os.path.abspath(path)}
-            kept = {f"{name}_" if name in {*KINDS, *LOADED_KEYS} else name: cells[name]
-                    for name in args.keep}
+            texts["clip"] = clip["path"] if isinstance(clip, dict) else clip
+            texts |= {f"kept{k}": cells[name] for k, name in enumerate(args.keep)}
+            kept = {f"{name}_" if name in {*KINDS, *LOADED_KEYS} else name: f"{{kept{k}}}"
+                    for k, name in enumerate(args.keep)}
             spec = {"task": args.task, "response": "{response}", "choices": args.choices,
                     "wordings": ["{}"] if texts["question"] else None, "question": "{question}",
-                    "audio": audio and "{clip}", "keep": {name: f"{{{name}}}" for name in kept}}
-            texts["clip"] = clip["path"] if isinstance(clip, dict) else clip
-            yield spec, cells | kept | texts, os.path.dirname(args.root)
+                    "audio": audio and "{clip}", "keep": kept}
+            yield spec, cells | texts, os.path.dirname(args.root)
 
 
 CLIP_KEYS = ("audios", "audio", "sounds", "sound", "audio_url", "path", "url")
+ROLES = ("user assistant", "human gpt", "user gpt", "human assistant", "user model", "None None")
 MARK = re.compile(r"<\|?(?:audio|sound|speech|music|voice)\w*\|?>", re.I)    # of a clip in a text
 
 
 def text_and_clips(value):
     """A turn of a conversation, a text or a list of parts -> (text, [paths])."""
-    parts = [{"text": value}] if isinstance(value, str) else value or []
+    parts = [part if isinstance(part, dict) else {"text": str(part)}
+             for part in (value if isinstance(value, list) else [value or ""])]
     clips = [part.get(key) for part in parts for key in CLIP_KEYS]
-    return "\n".join(part.get("text", "") for part in parts), list(filter(None, clips))
+    return "\n".join(part.get("text") or "" for part in parts), list(filter(None, clips))
 
 
 def any_messages(args):
@@ -1084,13 +1089,16 @@ def any_messages(args):
         turns = item.get("messages") or item.get("conversations") or [
             {"value": item.get("query") or f"{item.get('instruction', '')}\n{item.get('input', '')}"},
             {"value": item.get("response") or item.get("output")}]
-        if len(turns) != 2 or item.get("system") or item.get("history"):
+        roles = [str(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else "text"
+                 for turn in turns]
+        if " ".join(roles) not in ROLES or item.get("system") or item.get("history"):
             yield "not of one question and one answer"
             continue
         (question, parts), (answer, answered) = (
             text_and_clips(turn.get("content") or turn.get("value")) for turn in turns)
         given = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or parts
-        other = [key for key, value in item.items() if str(value).lower().rstrip("]'").endswith(SOUNDS)]
+        other = [key for key, value in item.items()
+                 if str(value).lower().rstrip("]'").endswith(SOUNDS)]
         if answered or MARK.search(answer):
             yield "with a clip in the answer"
         elif len(given) > 1 or len(MARK.findall(question)) > 1:
