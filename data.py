@@ -10,8 +10,8 @@ A manifest holds one JSON object a line; audio paths are relative to it, null is
     {"audio": "clips/rain.flac", "prompt": "What is heard?", "response": "rain", "task": "caption"}
 
 Optional: "start" and "end" in seconds (a segment of the file), "seconds" (its length, saves opening
-the file to sort by length), "choices" (the options of a multiple-choice row), "question" (what a
-judge is shown instead of the prompt). Rows count from 0 in all files and messages.
+the file), "choices" (of a multiple-choice row), "question" (what a judge is shown instead of the
+prompt). Rows count from 0 in all files and messages.
 """
 import argparse
 import ast
@@ -44,7 +44,7 @@ from model import (ASSETS, IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputE
 
 MAX_KERNEL = 2 ** 24      # taps of a resampling kernel; for 44,099 Hz it would take gigabytes
 MAX_PEAK = 2.0            # mp3 and resampling go a bit above 1, integers stored as float far above
-STREAMED = 0x7f000000     # bytes, and 2 ** 40 frames: headers of a pipe state more, and know nothing
+STREAMED = 0x7f000000     # bytes: headers that state more were written into a pipe
 # How a stream begins, where files are joined at times.
 STARTS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22",
           "MP3": rb"\AID3|\A\xff[\xe0-\xff]"}
@@ -57,9 +57,7 @@ torch.multiprocessing.set_sharing_strategy("file_system")
 # Audio. A clip is a path, or the bytes of a file.
 
 class Sound(soundfile.SoundFile):
-    """A clip, to be decoded once from front to back.
-
-    length      in frames, or None if the header does not state it"""
+    """A clip, to be decoded once from front to back. length: in frames, None if not stated"""
 
     def __init__(self, clip):
         self.stream = open(clip, "rb") if isinstance(clip, str) else io.BytesIO(clip)
@@ -87,9 +85,9 @@ class Sound(soundfile.SoundFile):
 
 
 def open_audio(clip, start=None, end=None, name=None):
-    """Opens a clip, or a segment of it in seconds, and checks all that its header says.
+    """Checks what the header of a clip, or of a segment in seconds, says. Raises InputError.
 
-    Returns (Sound, first frame, frame after the last). Raises InputError with the name."""
+    Returns (Sound, first frame, frame after the last)"""
     name = name or clip
     if isinstance(clip, str) and not os.path.isfile(clip):
         raise InputError(f"no file '{name}'")
@@ -111,7 +109,7 @@ def open_audio(clip, start=None, end=None, name=None):
     sizes = re.findall(r": +(\d+) \(should be (\d+)\)", sound.extra_info)
     is_cut = [1.01 * int(there) < int(stated) < STREAMED for stated, there in sizes]
     if last == sound.length and (any(is_cut) or "Junk after the last page" in sound.extra_info):
-        raise InputError(f"'{name}' is cut off, or is two files in one; copy or export it again")
+        raise InputError(f"'{name}' is cut off, or two files in one; export it again")
     if not 0 <= first < last:
         raise InputError(f"'{name}' has no samples from {start or 0} s to {end or 'its end'}; "
                          f"it lasts {sound.length / rate:.2f} s")
@@ -122,7 +120,7 @@ def open_audio(clip, start=None, end=None, name=None):
 def read_audio(clip, start=None, end=None, name=None):
     """A clip, or a segment of it in seconds -> ((N,) float32 mono in [-1, 1], its rate in Hz).
 
-    Reads whatever libsndfile decodes and shows to be whole. Raises InputError."""
+    Reads what libsndfile decodes and shows to be whole. Raises InputError."""
     name = name or clip
     sound, first, last = open_audio(clip, start, end, name)
     with sound:
@@ -144,8 +142,8 @@ def read_audio(clip, start=None, end=None, name=None):
                              "files joined in one; export it again")
     peak = np.abs(frames).max()
     if not peak <= MAX_PEAK:    # so that NaN is refused too
-        raise InputError(f"'{name}' has samples up to {peak:g}; export it with samples from -1 to "
-                         "1 (or divide: integers were stored as float)")
+        raise InputError(f"'{name}' has samples up to {peak:g}, not -1 to 1; divide integers that "
+                         "were stored as float")
     return torch.from_numpy(frames).mean(1), sound.samplerate
 
 
@@ -153,25 +151,23 @@ def at_rate(wave, rate, new_rate):
     """(N,) at `rate` Hz -> (ceil(N new_rate / rate),) at `new_rate` Hz. Raises InputError."""
     taps = math.lcm(rate, new_rate) // math.gcd(rate, new_rate)
     if taps > MAX_KERNEL:
-        raise InputError(f"cannot resample from {rate} to {new_rate} Hz; convert the file to a "
-                         "usual rate such as 16000 or 44100 Hz")
+        raise InputError(f"cannot resample from {rate} to {new_rate} Hz; take a usual rate")
     return resample(wave, rate, new_rate)
 
 
 # --------------------------------------------------------------------------------------------------
 # Sources of rows. Each has
-#   len(), load(i)  number of rows; row i, with "wave" (N,) and "rate" in Hz if it has audio
-#   lengths         (rows,) seconds of audio, 0 without
-#   skipped         [(row number, InputError)] of those that headers and stated lengths rule out
-#   files, about    what it is read from; one line that says what it is
-#   draw(n, rng)    (n,) row numbers of a stage in random order
+#   len(), load(i)   number of rows; row i, with "wave" (N,) and "rate" in Hz if it has audio
+#   lengths          (rows,) seconds of audio, 0 without
+#   skipped          [(row, InputError)] of those that headers and stated lengths rule out
+#   files, about     what it is read from; what it is, in one line
+#   draw(n, rng)     (n,) row numbers of a stage in random order
 
 def open_source(text, training_rows=None, seed=0):
     """rows.jsonl, mixture.json, a benchmark (see Benchmark), or synthetic tones, tones[:KINDS[:N]].
 
-    training_rows   how many rows training takes in all. Of tones there are as many, or, with N, N
-                    labelled clips of each kind, chosen by seed, and as many without a label.
-                    None: held-out tones, N rows of each kind (60)"""
+    training_rows   as many tones, or, with N, N labelled clips of each kind, chosen by seed, and as
+                    many without a label. None: held-out tones, N of each kind (60)"""
     if re.split("[@=]", text)[0] in BENCHMARKS:
         return Benchmark(text)
     if not re.match("tones(:|$)", text):
@@ -179,8 +175,7 @@ def open_source(text, training_rows=None, seed=0):
     found = re.fullmatch(r"tones(?::([\w,]*)(?::([1-9]\d{0,5}))?)?", text)
     kinds = (found and found[1] or ",".join(DEFAULT_TONES)).split(",")
     if not found or set(kinds) - set(TONES):
-        raise InputError(f"'{text}': give tones[:KINDS[:N]] with KINDS from {','.join(TONES)} and "
-                         "N from 1 to 999999")
+        raise InputError(f"'{text}': give tones[:KINDS[:N]], KINDS from {','.join(TONES)}")
     if training_rows is None:
         return Tones("heldout", int(found[2] or 60) * len(kinds), kinds)
     return Tones("train", training_rows, kinds, int(found[2] or 0), seed)
@@ -198,7 +193,7 @@ def passes(rows, n, rng):
 
 
 def fingerprint(source):
-    """Hex digest of what the plan of a stage follows from: the rows and the lengths of the audio."""
+    """Hex digest of what plans follow from: the rows and the lengths of the audio."""
     found = hashlib.sha256(source.lengths.tobytes())
     for path in source.files:
         with open(path, "rb") as file:
@@ -215,9 +210,7 @@ LOADED_KEYS = ("wave", "rate", "row")    # what loading adds
 
 
 def parse_row(line, where, answered=True):
-    """A line of a manifest, bytes -> the row. Raises InputError that begins with `where`.
-
-    answered    False: it needs no response"""
+    """A line of a manifest, bytes -> the row; answered: it needs a response. Raises InputError."""
     row = {"audio": None, "task": "qa", "seconds": None} | ({} if answered else {"response": "?"})
     try:
         row |= json.loads(line.decode("utf-8-sig"))
@@ -233,17 +226,15 @@ def parse_row(line, where, answered=True):
                 kind is NUMBER and not 0 <= (value or 0) <= 1e6):
             bad.append(key)
     if bad:
-        raise InputError(f'{where}: "{bad[0]}" is missing, empty, taken or of another kind; a row '
-                         'has "audio", "prompt", "response"; data.py convert reads other formats')
+        raise InputError(f'{where}: "{bad[0]}" is missing, empty, taken or of another kind; '
+                         "python data.py convert reads other formats")
     row["task"] = row["task"].strip().lower()
     return row
 
 
 class Manifest:
-    """The rows of JSON-lines files, one file after the other.
-
-    Each line is checked once and read again when it is needed, so that a row takes 16 bytes of
-    memory. Raises InputError with the line's number if one is malformed."""
+    """The rows of JSON-lines files. Each line is checked once and read again when it is needed, so
+    that a row takes 16 bytes of memory. Raises InputError with the number of a malformed one."""
 
     files = ()
     left_out = ()    # of skipped, what is known without looking at the audio
@@ -256,8 +247,8 @@ class Manifest:
         stated = array("d")    # seconds of each row, nan where unknown
         for path in paths:
             if not os.path.isfile(path) or path.endswith(".parquet"):
-                raise InputError(f"'{path}' is no file with one JSON object a line, which data.py "
-                                 f"convert writes, nor a benchmark: {', '.join(BENCHMARKS)}")
+                raise InputError(f"'{path}' is no file with one JSON object a line (data.py convert "
+                                 f"writes one), nor a benchmark: {', '.join(BENCHMARKS)}")
             start = 0
             for number, line in enumerate(open(path, "rb"), 1):
                 if line.strip():
@@ -366,8 +357,8 @@ class Mixture(Manifest):
     """Manifests in groups with shares, from a mixture file (appendix A). Raises InputError.
 
     A stage draws each group by its share and the sources in it alike or by size (appendix A says
-    both), in whole passes and none beyond its max_epochs. What a source cannot give goes to the
-    others of its group, what a group cannot give to other groups."""
+    both), in whole passes, none beyond its max_epochs. What a source cannot give goes to the others
+    of its group, what a group cannot give to other groups."""
 
     def __init__(self, path):
         self.path = path
@@ -381,23 +372,21 @@ class Mixture(Manifest):
             limit = spec.pop("max_epochs", math.inf)
             self.stage_rows = int(spec.pop("rows", 1_600_000))
             for group, given in spec.pop("groups").items():
-                sources = [{"rows": source} if isinstance(source, str) else source
-                           for source in given.pop("sources")]
-                members = np.arange(len(paths), len(paths) + len(sources))
-                paths += [os.path.join(os.path.dirname(path), source["rows"]) for source in sources]
-                self.max_epochs += [float(source.get("max_epochs", limit)) for source in sources]
-                by_size = {"uniform": False, "by size": True}[given.pop("draw", "uniform")]
+                first = len(paths)
+                for source in given.pop("sources"):
+                    source = {"rows": source} if isinstance(source, str) else source
+                    paths.append(os.path.join(os.path.dirname(path), source["rows"]))
+                    self.max_epochs.append(float(source.get("max_epochs", limit)))
                 share = float(given.pop("share"))
-                self.groups[group] = (share, by_size, members)
+                by_size = {"uniform": False, "by size": True}[given.pop("draw", "uniform")]
+                self.groups[group] = (share, by_size, np.arange(first, len(paths)))
                 spec |= given    # nothing may be left
-                if not 0 < share < math.inf or not sources:
+                if not 0 < share < math.inf or first == len(paths):
                     raise ValueError(f"{group} needs a share above 0 and sources")
             if spec or not min(self.max_epochs) > 0 or text.count('"share"') > len(self.groups):
-                raise ValueError("max_epochs is above 0, each group comes once, and there is no "
-                                 f"other key: {', '.join(spec)}")
+                raise ValueError(f"max_epochs of 0, a group twice, or other keys: {list(spec)}")
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
-            raise InputError(f"'{path}' is no mixture ({type(e).__name__}: {e}); compare it with "
-                             "assets/mixture.json") from e
+            raise InputError(f"'{path}' ({type(e).__name__}: {e}); see assets/mixture.json") from e
         super().__init__(*paths)
         self.files = (path, *paths)
 
@@ -409,7 +398,7 @@ class Mixture(Manifest):
         budget = allot(n, shares, [caps[members].sum() for _, _, members in self.groups.values()])
         if budget.sum() < n:
             raise InputError(f"a stage of {n} rows, but '{self.path}' has {budget.sum()} under its "
-                             "max_epochs; train fewer steps, raise max_epochs or add rows")
+                             "max_epochs")
         counts = np.zeros(len(caps), int)
         for (_, by_size, members), rows in zip(self.groups.values(), budget):
             weights = [max(1, len(self.usable[k])) if by_size else 1 for k in members]
@@ -417,8 +406,8 @@ class Mixture(Manifest):
         return counts
 
     def draw(self, n, rng):
-        """Of a source each row comes k or k+1 times. The caller's generator stays as it is."""
-        rng = copy.deepcopy(rng)
+        """Of a source each row comes k or k+1 times."""
+        rng = copy.deepcopy(rng)    # the caller's stays as it is
         drawn = [passes(rows, k, rng) for rows, k in zip(self.usable, self.counts(n))]
         return rng.permutation(np.concatenate(drawn))
 
@@ -438,26 +427,13 @@ class Mixture(Manifest):
 
 
 # --------------------------------------------------------------------------------------------------
-# Synthetic tones, each with a question that only the sound answers
+# Synthetic tones, each with a question that only the sound answers: {kind: (question, answers)}
 
-PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
-TONES = {    # kind: (question, all possible answers)
-    "louder": ("Which half is louder?", ("first", "last")),
-    "glide": ("Up, down or flat?", ("up", "down", "flat")),
-    "clicks": ("How many clicks?", ("1", "2", "3", "4")),
-    "timbre": ("Which sound?", ("flute", "buzzer", "bell", "noise")),
-    "voices": ("How many notes?", ("1", "2", "3")),
-    "note": ("Which note?", ("C", "D", "E", "F", "G", "A", "B")),
-    "semitone": ("Which pitch class?", PITCH_CLASSES),
-}
-DEFAULT_TONES = tuple(kind for kind in TONES if kind != "semitone")    # that one only by name
-UNLABELLED = {"prompt": "Listen.", "response": "ok", "choices": ("ok",), "task": "unlabelled"}
-TIMBRES = {    # ratios and strengths of the partials
-    "flute": ((1, 2), (1, 0.15)),
-    "buzzer": ((1, 3, 5, 7, 9), (1, 1, 0.8, 0.6, 0.5)),
-    "bell": ((1, 2.76, 5.4), (1, 0.8, 0.6)),
-    "reed": ((1, 2, 3, 4, 5), (1, 0.7, 0.5, 0.35, 0.25)),
-}
+TONES = read_json(os.path.join(ASSETS, "tones.json"))
+TIMBRES = TONES.pop("timbres")    # {name: (ratios, strengths) of the partials}
+PITCH_CLASSES = TONES["semitone"][1]    # C, C# .. B
+DEFAULT_TONES = [kind for kind in TONES if kind != "semitone"]    # that one only by name
+UNLABELLED = {"prompt": "Listen.", "response": "ok", "choices": ["ok"], "task": "unlabelled"}
 
 
 def partials(pitch, timbre, rng):
@@ -577,9 +553,9 @@ class Tones:
 def plan_stage(source, steps, batch, seed, stage, window=50):
     """(steps, batch) row numbers of a stage, rows of a step alike in length.
 
-    `window` steps at a time of what the source draws are sorted by length, see deal, and dealt out
-    again in random order; rows of text are dealt evenly over the steps. A function of its arguments
-    alone, so that a resumed run only needs to know its step. Raises InputError without any row."""
+    `window` steps at a time of what the source draws are sorted by length, see deal, and come in
+    random order; rows of text are dealt evenly over them. A function of its arguments alone, so
+    that a resumed run only needs its step. Raises InputError without any row."""
     if len(source.skipped) == len(source):
         raise InputError(f"none of the {len(source)} rows can be used; "
                          f"the first: {source.skipped[0][1]}")
@@ -602,8 +578,7 @@ def plan_stage(source, steps, batch, seed, stage, window=50):
 
 def deal(rows, batch):
     """(n,) row numbers in order -> (n / batch, batch): each step takes the next ones, but of copies
-    of a row, as small sources need them, only one: the others change places with rows of the
-    nearest steps that have none."""
+    of a row only one; the others change places with rows of the nearest steps that have none."""
     steps = rows.reshape(-1, batch)
     if len(np.unique(rows)) == len(rows):
         return steps
@@ -635,12 +610,12 @@ class Rows(torch.utils.data.Dataset):
 def collate(rows, spec, rates=(), think=True, responses=True, micro_tokens=None):
     """Loaded rows of a step -> ([its micro-batches], [InputError of those left out]).
 
-    A batch is that of build_inputs, with labels, and what training and scoring need beside it:
+    A batch is that of build_inputs, with labels, and beside it
     waves       {rate in Hz: [(N,) or None, one a row]} at 16 kHz and at the experts' rates
-    rows        the loaded rows without their waves
+    rows        the loaded rows without their waves; none: an idle batch
     seconds     of audio
     A micro-batch has at most micro_tokens tokens with its padding, or one row. The losses are sums,
-    so any cut gives the same step. None of the rows usable: one idle batch, whose "rows" is empty."""
+    so any cut gives the same step."""
     encoded = []
     skipped = []
     for row in rows:
@@ -713,8 +688,7 @@ def expert_targets(experts, batch, audio_embeds=None):
 
 # --------------------------------------------------------------------------------------------------
 # Data sets as tables. assets/corpora.json describes what one trains on, as its makers lay it out,
-# assets/benchmarks.json the paper's evaluation sets as lmms-eval has them on the hub; both say what
-# their keys mean.
+# assets/benchmarks.json the evaluation sets as lmms-eval has them; both say what their keys mean.
 
 LETTERS = string.ascii_uppercase
 SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aiff", ".aif", ".w64", ".caf")
@@ -928,8 +902,8 @@ def corpus_items(name, root, split):
 
 
 def open_dataset(place, config=None, split=None, **options):
-    """A data set of the hub, a folder that save_to_disk wrote, or parquet files: one, a pattern, or
-    all in a folder whose path names config and split -> datasets.Dataset, its audio undecoded."""
+    """A data set of the hub, a folder of save_to_disk, or parquet files: one, a pattern, or those
+    in a folder that name config and split -> datasets.Dataset, its audio undecoded."""
     import datasets    # takes a second
     files = sorted(glob.glob(place))
     if os.path.isdir(place):
@@ -938,7 +912,7 @@ def open_dataset(place, config=None, split=None, **options):
             word in os.path.relpath(path, place) for word in (config, split) if word)]
         if len(found) > 1 and not files:
             raise InputError(f"'{place}' holds {len(found)} parquet files and none of the split "
-                             f"{split}; give those you want, 'FOLDER/NAME*.parquet'")
+                             f"{split}; give 'FOLDER/NAME*.parquet'")
         files = files or found
     if files:
         table = datasets.load_dataset("parquet", data_files=files, split="train")
@@ -1017,9 +991,8 @@ class Benchmark(Manifest):
 
 def layout_of(name):
     """Where the files of a corpus have to lie, in words."""
-    table, audio = (" or ".join(f"ROOT/{place}" for place in as_list(CORPORA[name].get(key)))
-                    for key in ("table", "audio"))
-    return f"{name} has to lie as {table}, audio {audio or 'none'}{CORPORA[name].get('about', '')}"
+    table, audio = (" or ROOT/".join(as_list(CORPORA[name].get(key))) for key in ("table", "audio"))
+    return f"{name} has to lie as ROOT/{table}, audio {audio}{CORPORA[name].get('about', '')}"
 
 
 def any_corpus(args):
@@ -1029,12 +1002,12 @@ def any_corpus(args):
 
 def any_table(args):
     """The flags name the columns."""
+    folder = os.path.dirname(args.root)
     labels = {}
     if args.name == "hub":
-        table = open_dataset(args.root, args.config, *args.split or [None])
+        table = open_dataset(args.root, args.config, args.split and args.split[0])
         labels = {name: kind.names for name, kind in table.features.items()
                   if hasattr(kind, "names")}    # stored as numbers
-        os.makedirs(args.clips, exist_ok=True)
     else:
         table = read_table(args.root)
     for i, cells in enumerate(table):
@@ -1043,30 +1016,37 @@ def any_table(args):
         if not prompt and not args.question and (
                 args.choices or not audio or any("{}" in text for text in WORDINGS[args.task])):
             raise InputError("give --prompt COLUMN or --question TEXT; or --audio COLUMN and a "
-                             "--task with prompts of ours, such as asr or caption")
+                             "--task with prompts of ours, such as asr")
         cells |= {name: names[cells[name]] for name, names in labels.items()}
-        texts = {"response": cells[args.response],
-                 "question": cells[prompt] if prompt else (args.question or "").format_map(cells)}
+        response = cells[args.response]
+        question = cells[prompt] if prompt else (args.question or "").format_map(cells)
         clip = cells[audio] if audio else None
         if None in cells:    # where csv puts cells beyond the header's
             yield "with more cells than columns (quote text with commas)"
-        elif any(isinstance(text, (list, dict, type(None))) for text in texts.values()):
+        elif any(isinstance(text, (list, dict, type(None))) for text in (response, question)):
             yield "with no text where one belongs"
         else:
-            if isinstance(clip, dict) and clip["bytes"]:    # of a data set; written as it is stored
-                ending = os.path.splitext(clip["path"] or "")[1]
-                path = f"{args.clips}/{i:07}{ending or '.' + Sound(clip['bytes']).format.lower()}"
-                with open(path, "wb") as file:
-                    file.write(clip["bytes"])
-                clip = {"path": os.path.abspath(path)}
-            texts["clip"] = clip["path"] if isinstance(clip, dict) else clip
-            texts |= {f"kept{k}": cells[name] for k, name in enumerate(args.keep)}
-            kept = {f"{name}_" if name in {*KINDS, *LOADED_KEYS} else name: f"{{kept{k}}}"
-                    for k, name in enumerate(args.keep)}
+            if isinstance(clip, dict):    # of a data set; written as it is stored
+                clip = save_clip(clip, os.path.abspath(f"{args.clips}/{i:07}"))
             spec = {"task": args.task, "response": "{response}", "choices": args.choices,
-                    "wordings": ["{}"] if texts["question"] else None, "question": "{question}",
-                    "audio": audio and "{clip}", "keep": kept}
-            yield spec, cells | texts, os.path.dirname(args.root)
+                    "wordings": ["{}"] if question else None, "question": "{question}",
+                    "audio": audio and "{clip}", "keep": {
+                        f"{name}_" if name in {*KINDS, *LOADED_KEYS} else name: f"{{kept{k}}}"
+                        for k, name in enumerate(args.keep)}}
+            kept = {f"kept{k}": cells[name] for k, name in enumerate(args.keep)}
+            yield spec, cells | kept | {"response": response, "question": question,
+                                        "clip": clip}, folder
+
+
+def save_clip(cell, stem):
+    """Writes a clip of a data set as it is stored -> its path."""
+    if not cell["bytes"]:
+        return cell["path"]
+    ending = os.path.splitext(cell["path"] or "")[1] or f".{Sound(cell['bytes']).format.lower()}"
+    os.makedirs(os.path.dirname(stem), exist_ok=True)
+    with open(stem + ending, "wb") as file:
+        file.write(cell["bytes"])
+    return stem + ending
 
 
 CLIP_KEYS = ("audios", "audio", "sounds", "sound", "audio_url", "path", "url")
@@ -1083,12 +1063,11 @@ def text_and_clips(value):
 
 
 def any_messages(args):
-    """Conversations: "messages" or "conversations", "query" and "response", or "instruction",
-    "input" and "output"; the clip under one of CLIP_KEYS, or a part of the question."""
+    """Conversations, "messages" or "conversations", with the clip under one of CLIP_KEYS, or as a
+    part of the question; or "query" and "response"."""
     for item in read_table(args.root):
         turns = item.get("messages") or item.get("conversations") or [
-            {"value": item.get("query") or f"{item.get('instruction', '')}\n{item.get('input', '')}"},
-            {"value": item.get("response") or item.get("output")}]
+            {"content": item.get("query")}, {"content": item.get("response")}]
         roles = [str(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else "text"
                  for turn in turns]
         if " ".join(roles) not in ROLES or item.get("system") or item.get("history"):
@@ -1096,19 +1075,19 @@ def any_messages(args):
             continue
         (question, parts), (answer, answered) = (
             text_and_clips(turn.get("content") or turn.get("value")) for turn in turns)
-        given = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or parts
+        clips = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or parts
         other = [key for key, value in item.items()
                  if str(value).lower().rstrip("]'").endswith(SOUNDS)]
         if answered or MARK.search(answer):
             yield "with a clip in the answer"
-        elif len(given) > 1 or len(MARK.findall(question)) > 1:
+        elif len(clips) > 1 or len(MARK.findall(question)) > 1:
             yield "with several clips"
-        elif not given and (other or MARK.search(question)):
+        elif not clips and (other or MARK.search(question)):
             yield f"with a clip under '{''.join(other[:1])}', not 'audio'"
         else:
             spec = {"task": args.task, "question": "{q}", "response": "{a}", "wordings": ["{}"]}
-            cells = {"q": MARK.sub("", question), "a": answer, "clip": "".join(given)}
-            yield spec | {"audio": given and "{clip}"}, cells, os.path.dirname(args.root)
+            cells = {"q": MARK.sub("", question), "a": answer, "clip": "".join(clips)}
+            yield spec | {"audio": clips and "{clip}"}, cells, os.path.dirname(args.root)
 
 
 ANY = {"csv": any_table, "json": any_table, "hub": any_table, "messages": any_messages}
@@ -1185,19 +1164,17 @@ def parse_flags():
     p.set_defaults(run=convert)
     add = p.add_argument
     add("name", choices=[*CORPORA, *ANY], metavar="NAME", help="see below; csv, json: any table; "
-        "messages: conversations; hub: any data set of the hub, save_to_disk or parquet")
-    add("root", metavar="ROOT", help="folder of the corpus; the file; the name of the data set")
+        "messages: conversations; hub: a data set of the hub, of save_to_disk, or parquet files")
+    add("root", metavar="ROOT", help="folder, file, or name of the data set")
     add("--split", nargs="+", help="instead of those to train on")
     add("--pitch-class", action="store_true", help="add each clip's dominant pitch class")
-    add("--audio", help="csv, json, hub: column with the clips (audio, if there; none: text only)")
-    add("--prompt", help="column with the questions (prompt, if there)")
-    add("--question", help='instead: one for all rows; may name columns, "Is it {name}?"')
+    for column, of in (("prompt", "questions"), ("audio", "clips"), ("choices", 'options, "a|b|c"')):
+        add(f"--{column}", help=f"csv, json, hub: column with the {of}")
     add("--response", default="response", help="column with the answers (%(default)s)")
-    add("--choices", help='column with choices, "a|b|c" or a list')
+    add("--question", help='one question for all rows; may name columns: "Is it {name}?"')
     add("--keep", nargs="+", default=[], metavar="COLUMN", help="further keys of the rows")
-    add("--task", default="qa", choices=[task for task in WORDINGS if task not in CLASSES],
-        help="of the rows; without questions of yours, of our prompts (%(default)s)")
-    add("--config", help="hub: configuration of the data set")
+    add("--task", default="qa", choices=[task for task in WORDINGS if task not in CLASSES])
+    add("--config", help="hub: configuration")
     add("--clips", default="clips", metavar="FOLDER", help="hub: for the clips (%(default)s)")
     return parser.parse_args()
 
