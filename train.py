@@ -471,7 +471,7 @@ def ask_heldout(coat, kinds, args):
             (batch,), _ = collate(asked, coat.spec, think=coat.think, responses=False)
             answers = coat.generate(batch, max_new_tokens=12)
             shares.append(np.mean([a == row["response"] for a, row in zip(answers, rows)]))
-        question, answers, _ = TONES[kind]
+        question, answers = TONES[kind]
         shares.append(1 / len(answers))
         results[kind] = dict(zip(("heard", "other_clip", "chance"), shares))
         say("{:28}{:8.0%}{:12.0%}{:8.0%}".format(question, *shares))
