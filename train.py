@@ -22,6 +22,10 @@ import time
 from collections import Counter
 from typing import NamedTuple
 
+from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
+                   latest_checkpoint, load_coat, one_line_errors, read_json, usable_device,
+                   write_file)    # first: it names a library that does not import
+
 import numpy as np
 import safetensors.torch
 import soundfile
@@ -35,9 +39,6 @@ from data import (TONES, Rows, Tones, collate, expert_targets, fingerprint, idle
                   plan_stage, to_device)
 from experts import EXPERTS, load_experts
 from heads import heads_for, terms
-from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
-                   latest_checkpoint, load_coat, one_line_errors, read_json, usable_device,
-                   write_file)
 
 PAPER_STAGES = ["100000:recon", "100000:all"]    # section 3.4
 # 8 B weights leave little memory. Random weights know nothing worth keeping: tiny learns faster.
