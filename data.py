@@ -991,8 +991,9 @@ class Benchmark(Manifest):
 
 def layout_of(name):
     """Where the files of a corpus have to lie, in words."""
-    table, audio = (" or ROOT/".join(as_list(CORPORA[name].get(key))) for key in ("table", "audio"))
-    return f"{name} has to lie as ROOT/{table}, audio {audio}{CORPORA[name].get('about', '')}"
+    table, audio = (" or ".join(f"ROOT/{place}" for place in as_list(CORPORA[name].get(key)))
+                    for key in ("table", "audio"))
+    return f"{name} has to lie as {table}, audio {audio or 'none'}{CORPORA[name].get('about', '')}"
 
 
 def any_corpus(args):
@@ -1168,8 +1169,9 @@ def parse_flags():
     add("root", metavar="ROOT", help="folder, file, or name of the data set")
     add("--split", nargs="+", help="instead of those to train on")
     add("--pitch-class", action="store_true", help="add each clip's dominant pitch class")
-    for column, of in (("prompt", "questions"), ("audio", "clips"), ("choices", 'options, "a|b|c"')):
-        add(f"--{column}", help=f"csv, json, hub: column with the {of}")
+    add("--choices", help='csv, json, hub: column with the options, "a|b|c" or a list')
+    for column, of in (("prompt", "questions"), ("audio", "clips")):
+        add(f"--{column}", help=f"csv, json, hub: column with the {of} ({column}, if there)")
     add("--response", default="response", help="column with the answers (%(default)s)")
     add("--question", help='one question for all rows; may name columns: "Is it {name}?"')
     add("--keep", nargs="+", default=[], metavar="COLUMN", help="further keys of the rows")
