@@ -247,8 +247,8 @@ class Manifest:
         stated = array("d")    # seconds of each row, nan where unknown
         for path in paths:
             if not os.path.isfile(path) or path.endswith(".parquet"):
-                raise InputError(f"'{path}' is no file with one JSON object a line (data.py convert "
-                                 f"writes one), nor a benchmark: {', '.join(BENCHMARKS)}")
+                raise InputError(f"'{path}' is no file with one JSON object a line, as data.py "
+                                 f"convert writes, nor a benchmark: {', '.join(BENCHMARKS)}")
             start = 0
             for number, line in enumerate(open(path, "rb"), 1):
                 if line.strip():
@@ -734,7 +734,7 @@ def make_rows(spec, cells, root="", audio=None):
     row = {"audio": audio, "prompt": "", "response": "", "task": spec["task"]}
     row |= {key: spec[key] for key in ROW_KEYS if key in spec}
     row |= {"question": text.strip() for text in fill("spoken")}
-    row |= {key: round(float(fill(key)[0]), 3) for key in ("start", "end", "seconds") if key in spec}
+    row |= {key: round(float(text), 3) for key in ("start", "end", "seconds") for text in fill(key)}
     if "end" in row:
         row["seconds"] = round(row["end"] - row["start"], 3)
     for key, template in spec.get("keep", {}).items():
@@ -942,7 +942,11 @@ class Benchmark(Manifest):
         revision = revision or spec.get("revision")
         self.column = spec.get("clip", "audio")
         self.table = None    # datasets.Dataset
-        if corpus and os.path.isdir(place or "") and not glob.glob(f"{place}/*.arrow"):
+        if place and not glob.glob(place):
+            raise InputError(f"no file '{place}'")
+        packed = glob.glob(f"{place}/dataset_*.json") + glob.glob(f"{place}/**/*.parquet",
+                                                                  recursive=True)
+        if corpus and os.path.isdir(place or "") and not packed:
             items = [found[1] for found in corpus_items(corpus, place, spec["split"])
                      if not isinstance(found, str)]
             spec = CORPORA[corpus] | spec | {"response": CORPORA[corpus]["response"]}

@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import functools
 import http.server
-import importlib.util
 import io
 import json
 import math
@@ -37,9 +36,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import datasets
+import filelock
 import jiwer
 import numpy as np
 import peft
@@ -61,7 +60,7 @@ import infer
 import model
 from data import (Manifest, Mixture, Rows, Tones, at_rate, collate, open_source, plan_stage,
                   read_audio)
-from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, SoundEvents, SpeechUnits, load,
+from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, Pitch, SoundEvents, SpeechUnits, load,
                      load_experts, resample_frames)
 from model import (BACKBONES, IGNORE, THINK, THINK_END, THINK_START, InputError, TooLong,
                    build_inputs, load_coat, n_audio_tokens, render_prompt)
@@ -85,7 +84,8 @@ def test_training_sees_the_ids_of_inference(coat, rows):
         n = asked["input_ids"].shape[1]
         assert torch.equal(trained["input_ids"][:, :n], asked["input_ids"])
         assert (trained["labels"][:, :n] == IGNORE).all()
-        assert (trained["labels"][:, n:] != IGNORE).all()
+        said = coat.processor.tokenizer.decode(trained["labels"][0, n:])
+        assert said == response + "<|im_end|>"
 
 
 def test_block_has_L_a_plus_2_ids_from_a_tenth_of_a_second_to_two_minutes(coat):
@@ -107,14 +107,16 @@ def test_block_has_L_a_plus_2_ids_from_a_tenth_of_a_second_to_two_minutes(coat):
 
 def test_thinking_lengthens_the_one_prefill_and_adds_no_decode_step(coat):
     """The claim of section 3.2: the block is consumed in the prefill."""
-    prompts = {}
-    for think in (True, False):
-        batch = build_inputs(coat, [noise(2.0)], ["?"], think=think)
-        prompts[think] = batch["input_ids"].shape[1]
-        with watched(coat) as calls:
-            assert greedy(coat, batch, 7).shape == (1, 7)
-        assert calls == ["audio tower", prompts[think], 1, 1, 1, 1, 1, 1]
-    assert prompts[True] == prompts[False] + 50 + 2
+    inner = coat.hf.model
+    for think, block in ((True, 50 + 2), (False, 0)):
+        calls = []
+        with (inner.audio_tower.register_forward_pre_hook(lambda *args: calls.append("tower")),
+              inner.language_model.register_forward_pre_hook(
+                  lambda module, args, inputs: calls.append(inputs["inputs_embeds"].shape[1]),
+                  with_kwargs=True)):
+            greedy(coat, build_inputs(coat, [noise(2.0)], ["?"], think=think), 7)
+        prompt = build_inputs(coat, [noise(2.0)], ["?"], think=False)["input_ids"].shape[1]
+        assert calls == ["tower", prompt + block, 1, 1, 1, 1, 1, 1]
 
 
 def test_cross_entropy_is_transformers_loss_over_the_response_alone(coat, rows):
@@ -248,14 +250,6 @@ def test_row_is_the_published_prompt_and_the_block(coat, seconds, n_audio):
         HEADER + clip + " What is it?\n <|im_end|>\n<|im_start|>assistant\n" + block)
 
 
-def test_labels_are_the_response_and_its_end(coat, rows):
-    batch = build_inputs(coat, *rows)
-    for labels, mask, response in zip(batch["labels"], batch["attention_mask"], rows[2]):
-        said = coat.processor.tokenizer.decode(labels[labels != IGNORE])
-        assert said == response + "<|im_end|>"
-        assert (labels[mask == 0] == IGNORE).all() and mask[-1] == 1
-
-
 def test_closed_form_of_L_a_is_that_of_the_towers():
     frames = np.arange(3, 3001)
     of_tower = [((f - 1) // 2 + 1 - 2) // 2 + 1 for f in frames]
@@ -264,16 +258,16 @@ def test_closed_form_of_L_a_is_that_of_the_towers():
 
 def test_special_tokens_in_a_text_are_refused(coat):
     for token in (coat.backbone.audio_token, THINK, "<|im_end|>", "<|endoftext|>"):
-        for row in ([f"what is {token}?"], ["yes"]), (["what?"], [token]):
+        for prompt, response in ((f"what is {token}?", "yes"), ("what?", token)):
             with pytest.raises(InputError, match="special token"):
-                build_inputs(coat, [noise(1.0)], *row)
+                build_inputs(coat, [None], [prompt], [response])
 
 
 @pytest.mark.parametrize("wave, words", [
     (torch.zeros(1000), "lasts 0.06 s"), (torch.zeros(121 * 16000), "lasts 121.00 s"),
     (torch.zeros(16000, 2), "mono"), (torch.zeros(16000, dtype=torch.int16), "int16"),
-    (torch.full((16000,), 9830.0), "divide by 32768"),
-    (torch.full((16000,), math.nan), "samples up to nan")])
+    (torch.full((16000,), 9830.0), "goes to 9.83e"),
+    (torch.full((16000,), math.nan), "goes to nan")])
 def test_clip_that_is_no_sound_is_refused(tiny, wave, words):
     with pytest.raises(InputError, match=words):
         build_inputs(tiny, [wave], ["?"])
@@ -296,32 +290,22 @@ def test_batch_gives_each_row_what_it_gets_alone(coat, rows):
         assert not out.think_states[i, n:].any()
 
 
-def test_two_minutes_beside_a_text_row_give_3000_states_and_no_features_beyond_them(coat):
-    batch = build_inputs(coat, [noise(120), None], ["?", "hello"], ["a", "b"])
-    with torch.no_grad():
-        out = coat(batch)
-    features = batch["audio"]["input_features"]
-    assert features.shape[0] * features.shape[2] == 12000
-    assert out.valid.sum(1).tolist() == [3000, 0]
-    assert out.think_states.isfinite().all() and out.ce_sum.isfinite()
-
-
-def test_audio_embeds_are_the_projected_tower(coat):
+def test_audio_embeds_are_the_projected_tower_and_build_no_graph(coat):
     batch = build_inputs(coat, [noise(0.1), None, noise(31, 1)], ["a", "t", "b"], ["c", "d", "e"])
-    out, projected = forward_and_projected(coat, batch)
-    mask = next(value for key, value in batch["audio"].items() if key.endswith("mask"))
+    inner = coat.hf.model
+    last = inner.audio_tower.proj if coat.name == "qwen2.5-omni" else inner.multi_modal_projector
+    kept = []
+    hook = last.register_forward_hook(lambda module, args, out: kept.append(out))
+    out = coat(batch)
+    hook.remove()
+    projected, = kept
+    assert projected.requires_grad == bool(coat.new_projector)
     if projected.ndim == 3:
+        mask = next(value for key, value in batch["audio"].items() if key.endswith("mask"))
         n_frames = [(n + 1) // 2 // 2 for n in mask.sum(1).tolist()]
         projected = torch.cat([window[:n] for window, n in zip(projected, n_frames)])
     assert torch.equal(out.audio_embeds[out.valid], projected)    # (2 + 775, D)
-
-
-def test_audio_tower_builds_no_graph(coat):
-    batch = build_inputs(coat, [noise(0.1)], ["a"], ["b"])
-    out, projected = forward_and_projected(coat, batch)
-    assert projected.requires_grad == bool(coat.new_projector)
-    assert not out.audio_embeds.requires_grad
-    assert out.think_states.requires_grad
+    assert out.think_states.requires_grad and not out.audio_embeds.requires_grad
 
 
 def test_without_the_block_there_are_no_thinking_states_but_for_the_control(
@@ -339,14 +323,7 @@ def test_without_the_block_there_are_no_thinking_states_but_for_the_control(
     assert torch.equal(control.think_states[control.valid], h[batch["audio_mask"]])
 
 
-def test_two_clips_give_different_logits_for_the_same_ids(coat):
-    first = build_inputs(coat, [noise(1.0, 1)], ["Which?"])
-    second = build_inputs(coat, [noise(1.0, 2)], ["Which?"])
-    assert torch.equal(first["input_ids"], second["input_ids"])
-    assert (last_logits(coat, first) - last_logits(coat, second)).abs().max() > 1e-2
-
-
-def test_bf16_trains_as_fp32_does(coat, hub):
+def test_bf16_trains_as_fp32_does_and_merges_with_one_rounding(coat, hub):
     rows = [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"], ["yes", "no", "so"]
     with torch.no_grad():
         want = coat(build_inputs(coat, *rows))
@@ -359,6 +336,13 @@ def test_bf16_trains_as_fp32_does(coat, hub):
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
         assert not p.requires_grad or p.grad.isfinite().all()
     assert_close(out.ce_sum, want.ce_sum, rtol=0.05, atol=0.1)
+
+    layer = next(m for m in low.hf.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    merged = layer.base_layer.weight.float() + layer.get_delta_weight("default")
+    low.merge()
+    assert torch.equal(layer.base_layer.weight, merged.bfloat16())
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert greedy(low, batch, 3).shape == (3, 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,20 +432,9 @@ def test_lora_sits_on_the_language_model_alone_and_a_new_projector_is_trained_wh
     assert all(".language_model." in name for name in trained)
 
 
-def test_training_leaves_the_base_weights_byte_identical(coat, hub):
-    fresh = loaded(coat.where, hub)
-    before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in fresh.parameters() if p.requires_grad], lr=1e-2)
-    out = fresh(build_inputs(fresh, [noise(0.5), None], ["?", "hi"], ["yes", "no"]))
-    (out.ce_sum + out.think_states.pow(2).mean()).backward()
-    optimizer.step()
-    for name, p in fresh.named_parameters():
-        assert torch.equal(p, before[name]) != p.requires_grad, name
-
-
 def test_new_rows_start_as_the_mean_of_the_used_ones_and_a_table_with_room_keeps_its_size(
         coat, hub):
-    spare = {"tiny": 58, "composed": 0} | {name: layout.spare for name, layout in LAYOUTS.items()}
+    spare = {"tiny": 58, "composed": 0} | {name: layout[1] for name, layout in LAYOUTS.items()}
     plain = load_coat(*hub[coat.where])
     used = len(plain.processor.tokenizer) - 3
     assert plain.think_ids == [used, used + 1, used + 2]
@@ -508,23 +481,23 @@ def test_adapter_cards_lines_with_peft_alone_say_what_it_says(coat, written, tmp
 @pytest.mark.parametrize("folder", ["adapter", "merged"])
 def test_saved_template_asks_for_the_block_and_writes_it(coat, written, folder):
     template = (Path(getattr(written, folder)) / "chat_template.jinja").read_text()
-    clip = {"type": "audio"}
-    text = {"type": "text", "text": "Which?"}
+    clip, text = {"type": "audio"}, {"type": "text", "text": "Which?"}
 
-    def render(content, **kwargs):
+    def render(content, ask=True, **kwargs):
         chat = [{"role": "user", "content": content}]
-        return coat.processor.apply_chat_template(chat, template, tokenize=False, **kwargs)
+        return coat.processor.apply_chat_template(
+            chat, template, tokenize=False, add_generation_prompt=ask, **kwargs)
 
     prompt = render_prompt(coat, "Which?", 1)
     block = THINK_START + 25 * THINK + THINK_END
-    assert render([clip, text], add_generation_prompt=True, n_audio=25) == prompt + block
-    assert render([clip | {"n_audio": 25}, text], add_generation_prompt=True) == prompt + block
-    assert render([clip, text], add_generation_prompt=True, n_audio=0) == prompt
+    assert render([clip, text], n_audio=25) == prompt + block
+    assert render([clip | {"n_audio": 25}, text]) == prompt + block
+    assert render([clip, text], n_audio=0) == prompt
+    assert prompt.startswith(render([clip, text], ask=False))
+    assert render("Say hello.") == render_prompt(coat, "Say hello.", 0)
     for content in ([clip, text], coat.backbone.audio_token + "Which?"):
         with pytest.raises(Exception, match="n_audio"):
-            render(content, add_generation_prompt=True)
-    assert prompt.startswith(render([clip, text]))
-    assert render("Say hello.", add_generation_prompt=True) == render_prompt(coat, "Say hello.", 0)
+            render(content)
 
 
 def test_batch_in_plain_transformers_says_what_each_clip_gets_alone(coat, written):
@@ -545,40 +518,37 @@ def test_batch_in_plain_transformers_says_what_each_clip_gets_alone(coat, writte
     assert said == [merged.answer(wave, 16000, "Which?", 6) for wave in waves]
 
 
-def test_merged_bf16_is_bf16_throughout_and_each_weight_is_rounded_once(coat, hub):
-    low = loaded(coat.where, hub, dtype=torch.bfloat16)
-    layer = next(m for m in low.hf.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
-    merged = layer.base_layer.weight.float() + layer.get_delta_weight("default")
-    low.merge()
-    assert torch.equal(layer.base_layer.weight, merged.bfloat16())
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
-    batch = build_inputs(low, [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"])
-    assert greedy(low, batch, 3).shape == (3, 3)
-
-
-def test_omni_is_loaded_without_its_vision_blocks_and_talker_and_saved_as_the_full_model(hub):
+def test_omni_is_loaded_without_its_vision_blocks_and_talker(hub):
     coat = loaded("qwen2.5-omni", hub)
-    assert not any("visual.blocks" in name or "talker" in name for name, _ in coat.named_parameters())
+    names = [name for name, _ in coat.named_parameters()]
+    assert not any("visual.blocks" in name or "talker" in name for name in names)
     assert not hasattr(coat.processor, "image_processor")
 
 
-def test_text_thinking_adapter_of_the_old_layout_is_loaded_whole(hub, text_think):
+def test_text_thinking_adapter_of_the_old_layout_is_loaded_whole(hub, tmp_path):
     """Audio Flamingo 3's own, from before transformers 5."""
-    coat = model.load_text_think("audio-flamingo-3", text_think.folder, hub["audio-flamingo-3"][1])
-    want = text_think.ours.merge().hf.state_dict()
-    for key, value in coat.hf.state_dict().items():
+    ours = loaded("audio-flamingo-3", hub)
+    ours.lm.save_pretrained(tmp_path, save_embedding_layers=False)
+    path = tmp_path / "adapter_model.safetensors"
+    old = {key.replace("model.model.language_model", "model.language_model.model"): value
+           for key, value in safetensors.torch.load_file(path).items() if "lora" in key}
+    safetensors.torch.save_file(old, path, metadata={"format": "pt"})
+    with edited_json(tmp_path / "adapter_config.json") as config:
+        config["trainable_token_indices"] = None
+    bias = torch.randn(64)
+    place = "base_model.model.multi_modal_projector.linear_2.bias"
+    torch.save({place: bias}, tmp_path / "non_lora_trainables.bin")
+
+    thinking = model.load_text_think("audio-flamingo-3", tmp_path, hub["audio-flamingo-3"][1])
+    want = ours.merge().hf.state_dict()
+    for key, value in thinking.hf.state_dict().items():
         if key.endswith("multi_modal_projector.linear_2.bias"):
-            assert torch.equal(value, text_think.bias)
+            assert torch.equal(value, bias)
         elif "embed_tokens" not in key and "lm_head" not in key:    # ours has trained rows there
             assert_close(value, want[key])
-
-
-def test_text_thinking_asks_with_the_sentence_of_its_authors_and_without_the_block(text_think):
-    told = json.loads(run("infer.py", *text_think.ask, text_think.folder))
-    assert told["question"].endswith("reason about the input audio before you respond.")
-    wave = at_rate(*read_audio(told["audio"]), 16000)
-    asked = build_inputs(text_think.ours, [wave], [told["question"]], think=False)
-    assert told["prompt_tokens"] == asked["input_ids"].shape[1]
+    torch.save({"elsewhere.bias": bias}, tmp_path / "non_lora_trainables.bin")
+    with pytest.raises(InputError, match="elsewhere.bias"):
+        model.load_text_think("audio-flamingo-3", tmp_path, hub["audio-flamingo-3"][1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -596,10 +566,6 @@ def test_soft_losses_vanish_at_the_target_alone(loss):
     logits = torch.randn(50, 4)
     assert_close(loss(logits, logits.sigmoid()), torch.zeros(50, 4), atol=1e-6, rtol=0)
     assert (loss(logits + 0.1, logits.sigmoid()).mean(-1) > 0).all()
-
-
-def test_focal_bce_of_gamma_0_is_bce():
-    logits = torch.randn(50, 4)
     q = torch.rand(50, 4)
     assert torch.equal(heads.focal_bce(logits, q, gamma=0), heads.bce(logits, q))
 
@@ -615,11 +581,10 @@ def test_no_constant_answer_costs_less_than_the_best(loss, power):
         assert (loss((best + step).expand_as(target), target).mean(0) > least).all()
 
 
-def test_heads_start_at_the_best_constant_answer_and_learn(two_heads):
+def test_only_the_heads_with_targets_run_and_learn(two_heads):
     expert_heads, h, valid, targets = two_heads
-    losses = expert_heads(h, valid, targets)
-    for task in targets:
-        assert (losses[task] / valid.sum()).item() == pytest.approx(1, abs=1e-4)
+    losses = expert_heads(h, valid, {"recon": targets["recon"]})
+    assert list(losses) == ["recon"]
     losses["recon"].backward()
     assert expert_heads["recon"].out.weight.grad.any()
     assert all(p.grad is None for p in expert_heads["pitch"].parameters())
@@ -647,30 +612,32 @@ def test_batch_without_audio_gives_every_head_a_gradient_of_zero(two_heads):
     assert all(p.grad is not None and not p.grad.any() for p in expert_heads.parameters())
 
 
-def test_losses_are_summed_in_fp32_under_autocast(two_heads):
+def test_losses_are_fp32_under_autocast_and_scales_are_saved_with_the_heads(two_heads):
     expert_heads, *batch = two_heads
     with torch.autocast("cpu", torch.bfloat16):
         losses = expert_heads(*batch)
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
-
-
-def test_scales_are_saved_with_the_heads_and_readouts_are_not(two_heads):
-    names = set(two_heads[0].state_dict())
+    names = set(expert_heads.state_dict())
     assert {"recon_scale", "pitch_scale", "pitch_aux_scale", "pitch.out.weight"} < names
     assert not any("readout" in name for name in names)
+
+
+def test_features_that_are_not_finite_give_no_scale(two_heads):
+    """A NaN among the first clips would stay in the scales for good."""
+    with pytest.raises(ValueError, match="^expert 'recon' gives NaN or infinity"):
+        two_heads[0].calibrate("recon", [torch.zeros(5, 8), torch.full((5, 8), math.nan)])
 
 
 @pytest.mark.parametrize("name, result", [
     ("heads", "round(losses['speech'].item(), 2) == 100"), ("experts", "z.shape == (25, 2048)")])
 def test_file_copied_alone_does_what_its_docstring_says(name, result, tmp_path, monkeypatch):
-    path = shutil.copy(HERE / f"{name}.py", tmp_path)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    lines = re.findall(r"^    >>> (.*)$", sys.modules[name].__doc__, re.M)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name)
     names = {}
-    exec("\n".join(re.findall(r"^    >>> (.*)$", module.__doc__, re.M)), names)
-    assert eval(result, names)
+    exec("\n".join(lines), names)
+    assert names[name].__file__.startswith(str(tmp_path)) and eval(result, names)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -726,25 +693,17 @@ def test_readout_is_that_of_each_clip_and_passes_gradients_to_its_input_alone(na
     assert all(p.grad is None and not p.requires_grad for p in expert.parameters())
 
 
-@pytest.mark.parametrize("name, frames", [
-    ("affect", {1: 1, 719: 1, 720: 2, 32000: 99}),
-    ("sound", {1: 1, 64000: 6}),
-    ("pitch", {1: 1, 44100: 173}),
-])
-def test_there_are_as_many_frames_as_announced_and_at_least_one(name, frames):
+@pytest.mark.parametrize("name", ["affect", "sound", "pitch"])
+def test_there_are_as_many_frames_as_announced_and_at_least_one(name):
     expert = an_expert(name)
-    assert {n: expert.frames(n) for n in frames} == frames
     for n in (1, 79, 400, 5000, 33024, 40001):
         z = expert(torch.randn(n) * 0.1)
         assert z.shape == (expert.frames(n), expert.dim) and z.dtype == torch.float32
 
 
-# (frames, tokens, Hz, centre of frame 0 in seconds): the four networks', and others
-RESAMPLED = [(1, 7, 50.0, 0.0125), (99, 50, 50.0, 0.0125), (87, 25, 22050 / 256, 0.0),
-             (3, 25, 3.125, 0.16), (400, 3, 400.0, 0.0), (5, 40, 50.0, 0.01)]
-
-
-@pytest.mark.parametrize("frames, n, rate, offset", RESAMPLED)
+@pytest.mark.parametrize("frames, n, rate, offset", [    # the four networks', and others
+    (1, 7, 50.0, 0.0125), (99, 50, 50.0, 0.0125), (87, 25, 22050 / 256, 0.0), (3, 25, 3.125, 0.16),
+    (400, 3, 400.0, 0.0), (5, 40, 50.0, 0.01)])
 def test_frame_lands_in_the_token_that_holds_its_centre_and_constants_stay(frames, n, rate, offset):
     constant = torch.randn(1, 6)
     resampled = resample_frames(constant.expand(frames, 6), n, rate, offset)
@@ -755,37 +714,31 @@ def test_frame_lands_in_the_token_that_holds_its_centre_and_constants_stay(frame
         assert token >= n or hits[token, j] == hits[:, j].max() > 0
 
 
-def test_random_experts_are_loud_and_always_the_same(monkeypatch):
-    init = functools.partialmethod(Affect.__init__, **TINY)
-    monkeypatch.setattr(Affect, "__init__", init)
+def test_random_experts_are_loud_and_always_the_same(shipped, monkeypatch):
+    with warnings.catch_warnings(action="error"):
+        load("pitch", random=True)    # ships its weights
+    monkeypatch.setitem(EXPERTS, "affect", Affect)
+    monkeypatch.setattr(Affect, "__init__", functools.partialmethod(Affect.__init__, **TINY))
     with pytest.warns(UserWarning, match="affect: RANDOM WEIGHTS"):
         first = load("affect", random=True)
         second = load("affect", random=True)
     assert torch.equal(first(audio(16000, 0.5)), second(audio(16000, 0.5)))
 
 
-def test_random_experts_leave_out_the_one_that_ships_its_weights():
-    with warnings.catch_warnings(action="error"):
-        load("pitch", random=True)
-
-
 def test_emotion_head_of_a_plus_file_is_kept_and_read_out():
-    weights = official(Affect, **TINY)
-    weights["proj.weight"] = torch.randn(9, 256)
-    weights["proj.bias"] = torch.randn(9)
+    weights = official(Affect, **TINY) | {"proj.weight": torch.randn(9, 256),
+                                          "proj.bias": torch.zeros(9)}
     plus = Affect.from_state_dict({"model": weights})
     z = torch.randn(4, 256)
-    assert_close(plus.readout(z), F.linear(z, weights["proj.weight"], weights["proj.bias"]))
-    assert len(plus.EMOTIONS) == 9 and not any(p.requires_grad for p in plus.parameters())
+    assert_close(plus.readout(z), z @ weights["proj.weight"].T)
     assert an_expert("affect").readout is SpeechUnits.readout is None
 
 
 def test_recon_is_an_expert_like_the_others():
-    experts = load_experts(["recon", "pitch"], d=6)
-    assert list(experts) == ["recon", "pitch"] and experts["recon"].dim == 6
-    x = torch.randn(2, 5, 6)
+    some = load_experts(["recon", "pitch"], d=6)
     batch = {"n_audio": torch.tensor([5, 0]), "waves": {22050: [chord()[:4410], None]}}
-    targets = data.expert_targets(experts, batch, x)
+    x = torch.randn(2, 5, some["recon"].dim)
+    targets = data.expert_targets(some, batch, x)
     assert targets["recon"] is x and targets["pitch"].shape == (2, 5, 2112)
 
 
@@ -795,7 +748,6 @@ def test_sixth_expert_is_one_class_and_one_row(monkeypatch, tmp_path):
         frame_rate = 100.0
         dim = 1
         hop = 160
-        offset = 0.005
 
         def features(self, wave):
             return wave.unfold(0, 160, 160).square().mean(1, keepdim=True)
@@ -913,10 +865,10 @@ ROW = {"audio": "a.wav", "prompt": "a", "response": "b"}
 @pytest.mark.parametrize("line, words", [
     *[(json.dumps(ROW | {key: value}), f'"{key}" is missing, empty, taken or of another kind')
       for key, value in [
-          ("seconds", 1e308), ("seconds", "4"), ("seconds", False), ("start", -1), ("end", math.nan),
-          ("wave", [0.1]), ("row", 1), ("audio", ["a.wav"]), ("prompt", " "), ("response", None),
+          ("seconds", 1e308), ("seconds", "4"), ("seconds", False), ("start", -1),
+          ("end", math.nan), ("wave", [0.1]), ("row", 1), ("audio", ["a.wav"]), ("prompt", " "), ("response", None),
           ("question", ["a"]), ("choices", "yes"), ("choices", [""]), ("task", None)]],
-    (json.dumps(ROW | {"more": "\ud800"}), "surrogates not allowed"), ("not json", "Expecting value"),
+    (json.dumps(ROW | {"more": "\ud800"}), "surrogates not"), ("not json", "Expecting value"),
     ("[1]", "write one JSON object"), ("[" * 40000, "recursion"), (b"\xff", "codec can't decode"),
     ('{"messages": []}', '"prompt" is missing.*data.py convert reads other formats')])
 def test_row_that_cannot_be_used_gives_one_line_with_its_number(tmp_path, line, words):
@@ -1211,7 +1163,8 @@ def test_check_says_what_a_stage_draws_and_what_training_skips(mixture, tmp_path
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 MMAR = ("Listen to the audio and answer the following multiple-choice question. Respond with only "
-        "the letter (A, B, C, or D) of the correct option.\nWhich?\nA. D\nB. A\nThe best answer is:")
+        "the letter (A, B, C, or D) of the correct option.\nWhich?\nA. D\nB. A\n"
+        "The best answer is:")
 MMSU = ("Listen to the audio and answer the following question.\n\nQuestion: Which?\n\n"
         "A. x\nB. y\nC. z\nD. {w}\n\nAnswer with the letter (A, B, C, or D) only.")
 ASR = "Please recognize the speech and only output the recognized content:"
@@ -1348,15 +1301,16 @@ sw_4390 A sw_4390_A 3.10 5.35 <O,sw,M,sw-M> (%HESITATION) WELL I (TH-) THINK <B_
 sw_4390 B inter_segment_gap 0.00 5.35 <O,sw,F,sw-F>
 """
 MS98 = """sw2001A-ms98-a-0001 0.000000 0.977625 [silence]
-sw2001A-ms98-a-0002 1.0 3.5 hi [laughter-i'd] like {coined} the[_1] th[e]- [noise] [splace/space] a_1
+sw2001A-ms98-a-0002 1.0 3.5 hi [laughter-i'd] like {coined} th[e]- [noise] [splace/space] a_1
 """
 SEGMENT = {"start": 1.0, "end": 3.5, "seconds": 2.5}
 LIBRISQA = "LibriSpeech/train-clean-360/100/121669/100-121669-0000.flac"
 LIBRISQA_ITEMS = [{"speech_path": "x/100-121669-0000.wav", "duration": 15.65, "answer": "B",
                    "question_and_option": text} for text in (
     "Who is A. Tom?\nA. A son B. A king\nC) None D: All of the above", "What?")]
-CORPORA = [    # name; files as its makers lay them out; [(audio, response, further keys)]; what is told
-    ("librispeech", {"train-clean-100/84/1/84-1-0000.flac": "", "train-clean-100/84/1/84-1.trans.txt":
+CORPORA = [    # name; files as its makers lay them out; [(audio, response, further keys)]; the count
+    ("librispeech", {"train-clean-100/84/1/84-1-0000.flac": "",
+                     "train-clean-100/84/1/84-1.trans.txt":
                      "84-1-0000 GO DO YOU HEAR\n84-1-0002 GONE\n"},
      [("train-clean-100/84/1/84-1-0000.flac", "go do you hear", {})],
      "1 left out, 1 no audio file"),
@@ -1427,7 +1381,7 @@ def test_emotions_and_genres_are_letters_balanced_and_always_the_same(tmp_path, 
     assert {(row["speaker"], row["recording"]) for row in rows} == {("Ses01F", "Ses01F_impro01")}
     open_rows, _ = convert(capsys, "iemocap_qa", tmp_path / "full")
     assert open_rows[0]["response"] == "neutral" and "choices" not in open_rows[0]
-    lay_out(tmp_path / "g", {f"genres/{name}": "" for name in ("rock/0.wav", "rock/x.mf", "pop/1.au")})
+    lay_out(tmp_path / "g/genres", {"rock/0.wav": "", "rock/x.mf": "", "pop/1.au": ""})
     rows, _ = convert(capsys, "gtzan", tmp_path / "g")
     assert_choices(rows, ["pop", "rock"], data.BENCHMARKS["gtzan"]["options"])
 
@@ -1649,7 +1603,7 @@ def test_no_term_begins_a_stage_far_above_the_best_constant_answer(trained, all_
 
 
 def test_stages_have_their_own_weights_rates_and_data(tmp_path):
-    text = jsonl(tmp_path / "text.jsonl", 4, audio=None, seconds=None)
+    text = write_lines(tmp_path / "text.jsonl", [{"audio": None, "prompt": "?", "response": "."}])
     run("train.py", *QUICK, "--data", "tones:note", text, "--w-pitch-aux", 0.25, "--stage",
         "2:recon=0.5,pitch=2:1e-3", "--stage", "1:recon", "--out", tmp_path / "run")
     first, second, third = log_lines(tmp_path / "run")
@@ -1660,6 +1614,15 @@ def test_stages_have_their_own_weights_rates_and_data(tmp_path):
     assert third["recon"] is None and third["audio_s_per_s"] == 0    # of text, there is nothing
     assert third["loss"] == pytest.approx(third["ce"])
     assert os.path.getsize(tmp_path / "run" / "losses.png") > 5000
+
+
+def test_losses_of_held_out_rows_are_those_of_a_step_that_learns_nothing(short_run):
+    """At each checkpoint; here the rows are those of the step itself."""
+    run("train.py", *QUICK, "--data", "rows.jsonl", "--batch", 3, "--stage", "2:recon:1e-30",
+        "--save-every", 1, "--heldout", "rows.jsonl", "--out", "one")
+    for line in log_lines(Path("one")):
+        for name in ("ce", "recon"):
+            assert line[f"heldout_{name}"] == pytest.approx(line[name], rel=1e-5)
 
 
 def test_stages_of_the_paper_are_the_default():
@@ -2461,69 +2424,58 @@ def test_probe_takes_the_label_from_any_key():
 # bench.py
 
 def bench_of_rows(path, *args):
-    """({(range of length, arm): its line}, {range: its ratios}, the JSON) of bench.py latency"""
-    found = bench("latency", "--data", path, "--seeds", 1, "--max-new-tokens", 8, *args)
-    arms = {(line["audio"], line["arm"]): line for line in found["rows"] if "arm" in line}
-    ratios = {line["audio"]: line for line in found["rows"] if "ratios" in line}
-    return arms, ratios, found
+    """({(range of length, arm): its line}, what was printed) of bench.py latency"""
+    printed = run("bench.py", "latency", "--data", path, "--seeds", 1, "--max-new-tokens", 8, *args)
+    return {(line["audio"], line["arm"]): line for line in last_json(printed)["rows"]}, printed
 
 
 def test_bench_of_noise_counts_tokens_and_says_what_transformers_says():
-    *lines, ratios = bench("latency", "--seconds", 1, "--seeds", 1, "--batch", 2)["rows"]
-    by = {line["arm"]: line for line in lines}
+    by = {line["arm"]: line for line in bench("latency", "--seconds", 1, "--seeds", 1)["rows"]}
     added = by["CoAT"]["prompt"][0] - by["base"]["prompt"][0]
     assert added == by["CoAT"]["block"][0] == 25 + 2
     decoded = {arm: line["decoded"][0] for arm, line in by.items()}
     assert decoded == {"base": 20, "CoAT": 20, "text-CoT": 120, "generate": 20}
-    assert ratios["same_ids"] == 1
+    assert by["generate"]["same_ids"] == 1
 
 
 def test_bench_of_rows_decodes_to_the_end_token_by_ranges_of_length(tmp_path, tiny):
     """What tiny says third to the first row, after the block, is an end token here."""
-    asked = []
-    lines = [{"audio": None, "prompt": "?", "response": "C"}]
-    for i, seconds in enumerate((0.5, 1.1, 5.3)):
-        path = wav(tmp_path, f"{i}.wav", noise(seconds, i).numpy())
-        asked.append((read_audio(path)[0], f"Which {i}?"))
-        lines.append({"audio": path, "prompt": f"Which {i}?", "response": "C"})
-    lines.append(lines[1] | {"prompt": THINK})
-    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, lines)))
-    third = greedy(tiny, build_inputs(tiny, [asked[0][0]], [asked[0][1]]), 3)[0, 2]
+    asked = [(noise(seconds, i), f"Which {i}?") for i, seconds in enumerate((0.5, 1.1, 5.3))]
+    clips = [wav(tmp_path, f"{i}.wav", wave.numpy()) for i, (wave, _) in enumerate(asked)]
+    rows = [(clip, question) for clip, (_, question) in zip(clips, asked)]
+    path = write(tmp_path / "rows.jsonl", "\n".join(
+        json.dumps({"audio": clip, "prompt": prompt, "response": "C"})
+        for clip, prompt in [*rows, (None, "text"), (clips[0], THINK)]))
+    third = greedy(tiny, build_inputs(tiny, *([x] for x in asked[0])), 3)[0, 2]
     eos = (tiny.processor.tokenizer.convert_ids_to_tokens(third.item()), "<|endoftext|>")
-    ends_early = dataclasses.replace(BACKBONES["tiny"], eos=eos)
-    with unittest.mock.patch.dict(BACKBONES, tiny=ends_early):
-        arms, ratios, found = bench_of_rows(path)
-        by_length, _, _ = bench_of_rows(path, "--samples", 1)
+    with unittest.mock.patch.dict(BACKBONES, tiny=dataclasses.replace(BACKBONES["tiny"], eos=eos)):
+        arms, printed = bench_of_rows(path)
+        by_length, _ = bench_of_rows(path, "--samples", 2)
         coat = load_coat("tiny")
     for arm, think in (("base", False), ("CoAT", True), ("text-CoT", False)):
         suffix = coat.backbone.text_think if arm == "text-CoT" else ""
         batches = [build_inputs(coat, [wave], [question + suffix], think=think)
                    for wave, question in asked]
         lengths = [len(list(coat.stream(batch, 8))) for batch in batches]
-        prompts = [batch["input_ids"].shape[1] for batch in batches]
-        assert arms["0.1-inf s", arm]["decoded"][0] == pytest.approx(np.mean(lengths))
-        assert arms["0.1-inf s", arm]["prompt"][0] == pytest.approx(np.mean(prompts))
-        assert by_length["5-10 s", arm]["decoded"][0] == lengths[2]
-    assert ratios["0.1-inf s"]["same_ids"] == arms["0.1-inf s", "CoAT"]["clips"] == 3
-    assert found["left_out"] == 1 and len(by_length) == 2 * 4
+        assert arms["0-121 s", arm]["decoded"][0] == pytest.approx(np.mean(lengths))
+        assert by_length["5-10 s", arm]["prompt"][0] == batches[2]["input_ids"].shape[1]
+    assert arms["0-121 s", "generate"]["same_ids"] == arms["0-121 s", "CoAT"]["clips"] == 3
+    assert printed.count("left out: ") == 1 and len(by_length) == 2 * 4
 
 
-def test_bench_takes_the_block_from_the_run_and_base_from_its_backbone(tmp_path, hub, text_think):
-    loaded("tiny", None).save(tmp_path / "checkpoint-1")
-    arms, ratios, _ = bench_of_rows("tones:note:2", "--model", tmp_path)
-    assert arms["0.1-inf s", "CoAT"]["block"][0] == 38 and ratios["0.1-inf s"]["same_ids"] == 2
-    name = "audio-flamingo-3"
-    arms, *_ = bench_of_rows("tones:note:1", "--backbone", name, "--model-path", hub[name],
-                             "--text-think", text_think.folder, "--device", "cpu")
-    assert arms["0.1-inf s", "text-CoT"]["prompt"][0] > arms["0.1-inf s", "base"]["prompt"][0]
+def test_bench_takes_the_block_from_the_run_and_base_from_its_backbone(hub, tmp_path):
+    loaded("tiny", hub).save(tmp_path / "checkpoint-1")
+    arms, _ = bench_of_rows("tones:note:2", "--model", tmp_path)
+    assert arms["0-121 s", "CoAT"]["block"][0] == 38
+    assert arms["0-121 s", "generate"]["same_ids"] == 2
 
 
 def test_bench_trains_every_way_and_times_each_expert(shipped):
     ways = bench("train", "--steps", 1, "--batch", 2, "--seconds", 0.5, 2)["ways"]
-    assert list(ways) == ["no block", "block", "two experts", "five experts", "Trainer",
-                          "Trainer, by length", "expert recon", "expert pitch"]
+    assert list(ways) == ["no block", "block", "block, recon", "block, pitch", "block, all experts",
+                          "Trainer", "Trainer, by length"]
     assert ways["block"]["padding"] < ways["Trainer"]["padding"]
-    assert all(way.get("rows_per_s", 1) > 0 for way in ways.values())
+    assert all(way["rows_per_s"] > 0 for way in ways.values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2690,40 +2642,29 @@ def test_hostile_reply_of_a_judge_is_read_in_no_time(text):
 # --------------------------------------------------------------------------------------------------
 # What goes wrong: weights
 
-@pytest.mark.parametrize("name", REAL)
-@pytest.mark.parametrize("lacks, words", [
-    ("*", "config.json"), ("model.safetensors", "model.safetensors"),
-    ("preprocessor_config.json", "feature extractor"), ("tokenizer*", "tokenizer is missing"),
-    ("chat_template*", "no chat template")])
-def test_folder_of_a_backbone_without_one_of_its_files_is_refused(
-        name, lacks, words, hub, tmp_path):
-    if lacks == "chat_template*" and not LAYOUTS[name].template:
-        pytest.skip("it is in the processor's class")
-    shutil.copytree(hub[name][1], tmp_path / "x", ignore=shutil.ignore_patterns(lacks))
-    with pytest.raises(InputError, match=f"cannot load {name} from .*{words}"):
-        load_coat(name, model_path=tmp_path / "x")
-
-
 @pytest.mark.parametrize("file, content, words", [
+    ("config.json", None, "config.json"), ("model.safetensors", None, "model.safetensors"),
+    ("preprocessor_config.json", None, "feature extractor"),
+    ("tokenizer.json", None, "tokenizer is missing"),
     ("config.json", {"model_type": "bert"}, "config.json is that of 'bert'"),
     ("config.json", {"text_config": None}, "part of its config is null"),
     ("config.json", {"quantization_config": {"load_in_4bit": True}}, "quantised"),
-    ("config.json", {"text_config": {"num_hidden_layers": 3}}, "tensors are missing"),
+    ("config.json", {"text_config": {"intermediate_size": 96}}, "6 tensors are missing"),
     ("config.json", b"\xff\0", "not a valid JSON"), ("tokenizer.json", b"[]", "TypeError"),
     ("chat_template.jinja", b"{{ messages[0].role }}", "number of audio inputs"),
-    ("model.safetensors", b"<html>" * 99, "SafetensorError"),
-    ("model.safetensors", 10000, "incomplete")])
+    ("model.safetensors", b"<html>" * 99, "SafetensorError")])
 def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, content, words):
-    """A dict: what changes in the file. A number: where it is cut."""
+    """None: it is not there. A dict: what changes in it."""
     folder = tmp_path / "model"
     shutil.copytree(hub["qwen2-audio"][1], folder)
-    if isinstance(content, dict):
-        with edited_json(folder / file) as value:
-            value |= content
-    elif isinstance(content, int):
-        os.truncate(folder / file, content)
-    else:
+    if content is None:
+        os.remove(folder / file)
+    elif isinstance(content, bytes):
         write(folder / file, content)
+    else:
+        with edited_json(folder / file) as value:
+            for key, new in content.items():
+                value[key] = value[key] | new if key == "text_config" and new else new
     with pytest.raises(ValueError, match=words) as error:
         coat = load_coat("qwen2-audio", model_path=folder)
         build_inputs(coat, [noise(1.0)], ["?"])
@@ -2733,19 +2674,10 @@ def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, c
 @pytest.mark.parametrize("name", ["nowhere", "Qwen/Qwen2-Audio-7B-Instruct", "."])
 def test_name_of_nothing_names_what_there_is(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no run.* qwen2-audio .Qwen/Qwen2-Audio-7B-Instruct.*tiny"):
+    with pytest.raises(InputError, match="no run.* qwen2-audio .Qwen/Qwen2-Audio-7B.*tiny"):
         load_coat(name)
     with pytest.raises(InputError, match="no folder 'nowhere'"):
         load_coat("qwen2-audio", model_path="nowhere")
-
-
-def test_block_in_a_template_is_dropped_whatever_code_wrote_it(hub, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(hub["qwen2-audio"][1], folder)
-    template = load_coat("qwen2-audio", folder).processor.chat_template
-    other = "{# the thinking block #}{{ raise_exception('other code') }}"
-    write(folder / "chat_template.jinja", template + other)
-    assert load_coat("qwen2-audio", folder).processor.chat_template == template
 
 
 @pytest.mark.parametrize("part", ["audio_tower.conv2.weight", "layers.1.mlp.up_proj", "lm_head"])
@@ -2767,18 +2699,8 @@ def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
         load_coat(tmp_path)
 
 
-def test_text_thinking_adapter_of_another_model_is_refused(text_think, tmp_path):
-    folder = tmp_path / "think"
-    shutil.copytree(text_think.folder, folder)
-    torch.save({"elsewhere.bias": text_think.bias}, folder / "non_lora_trainables.bin")
-    assert "elsewhere.bias" in run("infer.py", *text_think.ask, folder, fails=True)
-    os.remove(folder / "non_lora_trainables.bin")
-    assert "non_lora_trainables.bin" in run("infer.py", *text_think.ask, folder, fails=True)
-
-
 @pytest.mark.parametrize("package, code, words", [
     ("torchaudio", "raise OSError('undefined symbol: torch_x')", "undefined symbol.*torchaudio 2"),
-    ("torchaudio", "raise ImportError('no CUDA 12')", "no CUDA 12 .beside.*torch 2"),
     ("peft", "import no_such_package", "No module named 'no_such_package'")])
 def test_library_that_does_not_import_is_one_line(package, code, words, tmp_path):
     write(tmp_path / f"{package}.py", code)
@@ -2789,8 +2711,7 @@ def test_library_that_does_not_import_is_one_line(package, code, words, tmp_path
 
 def test_transformers_that_is_too_old_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(model.transformers, "__version__", "5.9.1")
-    line = "^error: transformers 5.9.1 is too old; pip install -U 'transformers>=5.23'$"
-    with pytest.raises(SystemExit, match=line):
+    with pytest.raises(SystemExit, match="^error: transformers 5.9.1 is too old; pip install"):
         runpy.run_path(str(HERE / "model.py"))
 
 
@@ -2812,140 +2733,65 @@ def test_any_exception_ends_a_program_in_one_line(error, words, capsys, monkeypa
 # --------------------------------------------------------------------------------------------------
 # What goes wrong: weights of an expert
 
-class Small(Expert):
-    """An expert of two numbers."""
-    sample_rate = 16000
-    frame_rate = 100.0
-    dim = 1
-    hop = 160
-    filename = "small.pt"
-    url = "http://127.0.0.1:9/small.pt"    # nobody listens
-
-    def __init__(self):
-        super().__init__()
-        self.map = torch.nn.Linear(1, 1)
-
-    def features(self, wave):
-        return self.map(wave[::160, None])
-
-
-def saved(value):
-    """The bytes that torch.save makes of it."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-def small_file(weight=1.0):
-    """The bytes of a file of Small; further tensors are ignored."""
-    tensors = {"map.weight": torch.full((1, 1), weight).double(), "map.bias": torch.zeros(1).half()}
-    return saved({"state_dict": {"model": tensors | {"ema": torch.zeros(9)}}})
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """Registers Small. -> where its file would be"""
-    monkeypatch.setitem(EXPERTS, "small", Small)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    return tmp_path / "checkpoints" / "small.pt"
-
-
-@contextlib.contextmanager
-def weights_server(payload, monkeypatch):
-    """Serves them as the weights of Small. -> the requests so far"""
+def test_weights_are_fetched_once_for_all_processes(monkeypatch, tmp_path):
+    shipped = (HERE / "assets" / Pitch.filename).read_bytes()
     asked = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
             self.send_response(200)
-            self.send_header("Content-Length", len(payload))
             self.end_headers()
-            self.wfile.write(payload)
+            self.wfile.write(shipped)
 
-        def log_message(self, *args):
-            pass
-
-    with serving(Handler) as url:
-        monkeypatch.setattr(Small, "url", f"{url}/small.pt")
-        yield asked
-
-
-def test_weights_are_fetched_once_for_all_processes_and_loaded_as_float32(small, monkeypatch):
-    with weights_server(small_file(), monkeypatch) as asked, ThreadPoolExecutor(2) as pool:
-        experts = list(pool.map(load, ["small"] * 2))
-    assert asked == ["/small.pt"] and small.read_bytes() == small_file()
-    assert {p.dtype for expert in experts for p in expert.parameters()} == {torch.float32}
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with serving(Handler) as url, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(Pitch, "url", f"{url}/pitch.npz")
+        list(pool.map(load, ["pitch"] * 2))
+    assert len(asked) == 1
+    assert (tmp_path / "checkpoints" / Pitch.filename).read_bytes() == shipped
 
 
-def test_download_of_another_digest_is_not_kept(small, monkeypatch):
-    monkeypatch.setattr(Small, "sha256", "0" * 64)
-    with weights_server(small_file(), monkeypatch):
-        with pytest.raises(RuntimeError, match="^small: .* invalid hash value [^\n]*$"):
-            load("small")
-    assert not small.exists()
-
-
-@pytest.mark.parametrize("content, words", [
-    (None, "No such file"), (b"", "EOFError"), (b"<html>", "Weights only load failed"),
-    (small_file()[:900], "failed reading zip archive"),
-    (pickle.dumps({"model": os.system}, 2), "Weights only load failed"),
-    (saved([1]), "AttributeError"),
-    (saved({"map.weight": torch.ones(1)}), "2 of 2 tensors are missing or of another shape"),
-    (small_file(math.nan), "it gives NaN or infinity")])
-def test_file_that_is_no_expert_is_named_in_one_line(content, words, small, tmp_path):
+@pytest.mark.parametrize("write_file, words", [
+    (lambda path: path.write_bytes(b""), "EOFError"),
+    (lambda path: path.write_bytes(pickle.dumps(os.system, 2)), "Weights only load failed"),
+    (lambda path: torch.save({"scale": torch.ones(2)}, path), "10 of 10 tensors are missing or of"),
+    (lambda path: torch.save({key: value * torch.nan for key, value in
+                              an_expert("pitch").state_dict().items()}, path), "gives NaN or inf")])
+def test_file_that_is_no_expert_is_named_in_one_line(write_file, words, tmp_path):
     path = tmp_path / "file.pt"
-    if content is not None:
-        path.write_bytes(content)
+    write_file(path)
     with pytest.raises(RuntimeError) as error:
-        load("small", path)
+        load("pitch", path)
     line = str(error.value)
-    assert line.startswith(f"small: cannot load {path} (") and words in line and "\n" not in line
-    assert "--expert-small PATH" in line and "weights_only" not in line
+    assert line.startswith(f"pitch: cannot load {path} (") and words in line and "\n" not in line
+    assert "--expert-pitch PATH" in line and "weights_only" not in line
 
 
-def test_missing_weights_say_where_to_get_them(small, monkeypatch):
-    with pytest.raises(RuntimeError, match="refused.* small.pt of http://127.0.0.1:9/small.pt. "):
-        load("small")
-    monkeypatch.setattr(experts, "__file__", str(small))    # as if copied alone
-    with pytest.raises(RuntimeError, match="basic_pitch_icassp2022.npz of the repository"):
+def test_check_goes_on_after_an_expert_that_is_missing(shipped, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(EXPERTS, "again", Pitch)
+    monkeypatch.setattr(sys, "argv", ["experts.py", "--check", "--expert-pitch", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        experts.main()
+    missing, found = capsys.readouterr().out.splitlines()
+    assert missing.startswith("error: pitch: cannot load") and "2112 x" in found
+    monkeypatch.setattr(experts, "__file__", str(tmp_path / "experts.py"))    # as if copied alone
+    with pytest.raises(RuntimeError, match="basic_pitch_icassp2022.npz of the repo"):
         load("pitch")
 
 
 @pytest.mark.parametrize("wave", [
-    torch.zeros(0), torch.zeros(2, 800), torch.zeros(800).double(), torch.zeros(800).half(),
-    torch.zeros(800).short(), torch.full((800,), math.nan), torch.full((800,), 1e30),
-    torch.full((800,), 9830.0)])
+    torch.zeros(0), torch.zeros(2, 800), torch.zeros(800).half(), torch.zeros(800).short(),
+    torch.full((800,), math.nan), torch.full((800,), 1e30), torch.full((800,), 9830.0)])
 def test_wave_that_is_none_is_refused_by_an_expert_in_one_line(wave):
     with pytest.raises(ValueError, match=r"^Affect takes a wave .* in \[-1, 1\][^\n]*\Z"):
         an_expert("affect")(wave)
-
-
-def test_features_that_are_not_finite_give_no_scale(two_heads):
-    """A NaN among the first clips would stay in the scales for good."""
-    clips = [torch.zeros(5, 8), torch.full((5, 8), math.nan)]
-    with pytest.raises(ValueError, match="^expert 'recon' gives NaN or infinity"):
-        two_heads[0].calibrate("recon", clips)
 
 
 def test_missing_expert_stops_a_run_before_its_first_step(tmp_path):
     error = run("train.py", *QUICK, "--stage", "2:all", "--expert-speech", tmp_path / "no.pt",
                 "--out", tmp_path / "run", fails=True)
     assert "no.pt" in error and not (tmp_path / "run" / "log.jsonl").exists()
-
-
-def test_random_experts_of_a_run_are_announced(all_five):
-    process, _ = all_five
-    ended(process)
-    assert open(process.log).read().count("RANDOM WEIGHTS") == 3
-
-
-def test_check_goes_on_after_a_missing_expert(shipped, small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["experts.py", "--check", "--expert-small", str(tmp_path)])
-    with pytest.raises(SystemExit) as error:
-        experts.main()
-    pitch, missing = capsys.readouterr().out.splitlines()
-    assert error.value.code == 1 and missing.startswith("error: small: ") and "2112 x" in pitch
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2972,19 +2818,6 @@ def test_out_of_memory_is_one_line_with_the_flags_that_need_less(monkeypatch):
     monkeypatch.setattr(data, "open_source", unittest.mock.Mock(side_effect=error))
     line = run("train.py", *QUICK, fails=True)
     assert re.fullmatch("error: no memory left .CUDA out of memory.*--micro-tokens 2048.*", line)
-
-
-def test_step_that_will_not_fit_in_memory_ends_a_run_before_its_first(tmp_path, monkeypatch):
-    def forward(self, batch):
-        if torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return plain(self, batch)
-
-    plain = model.CoAT.forward
-    monkeypatch.setattr(model.CoAT, "forward", forward)
-    error = run("train.py", *QUICK, "--stage", "4:recon", "--out", tmp_path, fails=True)
-    assert "the step with the longest row, 2 s, does not fit in memory" in error
-    assert "--micro-tokens" in error
 
 
 @pytest.mark.parametrize("program, flags, words", [
@@ -3208,14 +3041,28 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         error = run("train.py", *QUICK, "--stage", "2:recon", "--stage", "4:recon", "--save-every",
                     2, "--out", tmp_path, fails=True)
     assert "No space left" in error
-    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
+    assert model.checkpoint_steps(tmp_path) == [2]
     run("train.py", "--resume", tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
     assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+
+
+def test_step_that_will_not_fit_in_memory_ends_a_run_before_its_first(tmp_path, monkeypatch):
+    def forward(self, batch):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return plain(self, batch)
+
+    plain = model.CoAT.forward
+    monkeypatch.setattr(model.CoAT, "forward", forward)
+    error = run("train.py", *QUICK, "--stage", "4:recon", "--out", tmp_path, fails=True)
+    assert "no memory left" in error and "--micro-tokens" in error
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
     process = start(train_in_a_group, tmp_path / "log", *QUICK, "--stage", "999:recon",
-                    "--workers", 1, "--out", tmp_path / "run")
+                    "--workers", 1, "--log-every", 3, "--out", tmp_path / "run")
     wait_for(process, "step 3/")
     os.killpg(process.pid, signal.SIGTERM)
     ended(process)
@@ -3226,14 +3073,14 @@ def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
 
 def test_killed_data_process_ends_the_run_in_one_line_with_a_save(tmp_path):
     process = start(train, tmp_path / "log", *QUICK, "--stage", "999:recon", "--workers", 1,
-                    "--out", tmp_path / "run")
+                    "--log-every", 3, "--out", tmp_path / "run")
     wait_for(process, "step 3/")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     ended(process, status=1)
     step = logged(tmp_path / "run", "step")[-1]
     last = open(process.log).read().strip().splitlines()[-1]
-    assert last.startswith("error: DataLoader worker") and f"saved after step {step}" in last
+    assert "DataLoader worker" in last and f"saved after step {step}" in last
     assert os.path.exists(tmp_path / "run" / f"checkpoint-{step}" / "state.pt")
 
 
@@ -3301,7 +3148,7 @@ def test_run_is_resumed_from_any_folder(finished, short_run, tmp_path, monkeypat
 @pytest.mark.parametrize("flags, words", [
     (["--resume", "run", "--lr", 1], "--lr was 0.002 when the run began"),
     (["--resume", "elsewhere"], "'elsewhere' is no run"),
-    (["--out", "run"], "holds checkpoints already"),
+    (["--out", "run"], "'run' holds a run"),
     (["--data", "rows.jsonl", "tones", "--stage", "1:recon"], "--data names 2 for 1 stages"),
     (["--stage", "5"], "give STEPS:EXPERTS"), (["--stage", "5:reconn"], "there is no such expert"),
     (["--stage", "5:recon=x"], "could not convert"), (["--stage", "0:recon"], "is not from 1"),
@@ -3334,9 +3181,9 @@ def test_resume_names_another_torch_and_number_of_ranks_and_goes_on(short_run):
 
 
 def test_folder_that_another_run_holds_is_refused(short_run, monkeypatch):
-    acquire = model.FileLock.acquire
-    monkeypatch.setattr(model.FileLock, "acquire", lambda lock, timeout: acquire(lock, timeout=0))
-    with model.FileLock("run/.lock"):
+    acquire = filelock.FileLock.acquire
+    monkeypatch.setattr(filelock.FileLock, "acquire", lambda lock, timeout: acquire(lock, 0))
+    with acquire(filelock.FileLock("run/.lock")):
         assert "run/.lock" in run("train.py", "--resume", "run", fails=True)
 
 
@@ -3363,130 +3210,78 @@ def test_damaged_checkpoint_is_refused_in_one_line(short_run, name, content):
 # Harness: backbones. Folders laid out like the real ones on the hub: the real classes, towers with
 # their real windows, random weights of next to no width, and a byte-level tokenizer.
 
-# What the released templates render for text and audio (Omni's without pictures and video; AF3's
-# puts the sound first wherever it stands). Qwen2-Audio's is in its processor class.
-TEMPLATE = """{% if messages[0]['role'] != 'system' %}<|im_start|>system
-You are a helpful assistant.<|im_end|>
-{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}
-{% if m['content'] is string %}{{ m['content'] }}{% else %}\
-{% for c in m['content'] if c['type'] == 'audio' %}AUDIO{% endfor %}\
-{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 QWEN_TOKENS = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
-BEFORE_5 = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
-            "model.": ""}
-OF_THE_THINKER = {"model.language_model.": "thinker.model.", "lm_head.": "thinker.lm_head.",
-                  "model.": "thinker."}
-
-
-class Layout(NamedTuple):
-    tokens: list             # after the text ones, the audio placeholder first
-    spare: int               # rows of the table that no token uses
-    seconds: int             # of the feature extractor
-    template: str | None
-    renames: dict            # how names begin in the model: how in the files; the first that fits
-
-
-LAYOUTS = {
-    "qwen2-audio": Layout(QWEN_TOKENS, 20, 30, None, BEFORE_5),
-    "qwen2.5-omni": Layout(QWEN_TOKENS, 20, 300,
-                           TEMPLATE.replace("AUDIO", "<|audio_bos|><|AUDIO|><|audio_eos|>"),
-                           OF_THE_THINKER),
-    "audio-flamingo-3": Layout(["<sound>", "[BOS]", "[PAD]"], 0, 30,
-                               TEMPLATE.replace("AUDIO", "<sound>"), BEFORE_5),
+LAYOUTS = {    # special tokens, rows of the table that none uses, seconds of the feature extractor
+    "qwen2-audio": (QWEN_TOKENS, 20, 30),
+    "qwen2.5-omni": (QWEN_TOKENS, 20, 300),
+    "audio-flamingo-3": (["<sound>", "[BOS]", "[PAD]"], 0, 30),
 }
+NARROW = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+              num_key_value_heads=1, max_position_embeddings=8192, initializer_range=64 ** -0.5)
+TOWER = dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64)
+
+
+def tiny_tokenizer(folder, tokens=(), pad="<|im_end|>"):
+    """Writes a tokenizer of bytes and these tokens -> its ids."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *tokens]
+    vocab = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()) + special)}
+    named = ("audio_token", "audio_bos_token", "audio_eos_token")
+    transformers.Qwen2Tokenizer(
+        vocab=vocab, merges=[], extra_special_tokens=special[1:], pad_token=pad,
+        model_specific_special_tokens=dict(zip(named, tokens)) if tokens == QWEN_TOKENS else {},
+    ).save_pretrained(folder)
+    return vocab
 
 
 def tiny_hub(name, folder):
     """Writes config, weights, tokenizer, feature extractor and chat template of a backbone."""
-    layout = LAYOUTS[name]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *layout.tokens]
-    vocab = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()) + special)}
-    named = {}
-    if layout.tokens == QWEN_TOKENS:
-        named = dict(zip(("audio_token", "audio_bos_token", "audio_eos_token"), QWEN_TOKENS))
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab=vocab, merges=[], extra_special_tokens=special[1:],
-        pad_token=special[0] if named else "[PAD]", model_specific_special_tokens=named)
-    tokenizer.save_pretrained(folder)
-    extractor = transformers.WhisperFeatureExtractor(
-        feature_size=128, chunk_length=layout.seconds, return_attention_mask=True)
-    extractor.save_pretrained(folder)
-    if layout.template:
-        write_json(os.path.join(folder, "chat_template.json"), {"chat_template": layout.template})
+    tokens, spare, seconds = LAYOUTS[name]
+    pad = "<|endoftext|>" if tokens == QWEN_TOKENS else "[PAD]"
+    vocab = tiny_tokenizer(folder, tokens, pad)
+    transformers.WhisperFeatureExtractor(
+        feature_size=128, chunk_length=seconds, return_attention_mask=True).save_pretrained(folder)
+    if name != "qwen2-audio":    # whose template is in its class
+        template = model.TEMPLATE.replace("AUDIO_MARKS", MARKS[name])
+        write_json(folder / "chat_template.json", {"chat_template": template})
 
-    model_class, config = tiny_config(name, vocab[layout.tokens[0]], len(vocab) + layout.spare)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = model_class(config).state_dict()
-    published = {}
-    for key, value in weights.items():
-        begin = next(begin for begin in layout.renames if key.startswith(begin))
-        published[layout.renames[begin] + key[len(begin):]] = value.contiguous()
-    config = config.to_dict() | {"architectures": [model_class.__name__]}
+    text = NARROW | {"vocab_size": len(vocab) + spare, "pad_token_id": None}
+    audio = TOWER | {"initializer_range": 128 ** -0.5}
+    more = {}
     if name == "qwen2.5-omni":
-        config = {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni",
-                  "thinker_config": config}
-        published["talker.model.norm.weight"] = torch.ones(8)
-        published["token2wav.code2wav_bigvgan_model.x"] = torch.ones(8)
-    write_json(os.path.join(folder, "config.json"), config)
-    safetensors.torch.save_file(published, os.path.join(folder, "model.safetensors"),
-                                metadata={"format": "pt"})
-
-
-def tiny_config(name, audio_id, vocab_size):
-    """(class, config) of a backbone of two narrow layers."""
-    text = dict(vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=2 if name == "qwen2-audio" else 1,
-                max_position_embeddings=8192, initializer_range=64 ** -0.5, pad_token_id=None)
-    audio = dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
-                 initializer_range=128 ** -0.5)
-    if name == "qwen2-audio":
-        config = transformers.Qwen2AudioConfig(
-            text_config=text, audio_config=audio, audio_token_index=audio_id)
-        return transformers.Qwen2AudioForConditionalGeneration, config
-    if name == "audio-flamingo-3":
-        config = transformers.AudioFlamingo3Config(
-            text_config=text, audio_config=audio, audio_token_id=audio_id)
-        return transformers.AudioFlamingo3ForConditionalGeneration, config
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6,
-                               "mrope_section": [4, 6, 6]}    # of a head's width / 2
-    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64)
-    config = transformers.Qwen2_5OmniThinkerConfig(
-        text_config=text, audio_config=audio | {"output_dim": 64}, vision_config=vision,
-        audio_token_index=audio_id, image_token_index=1, video_token_index=2,
-        initializer_range=64 ** -0.5)
-    config.vision_start_token_id = 3    # a field of the published config, not of the class
-    return transformers.Qwen2_5OmniThinkerForConditionalGeneration, config
-
-
-def tiny_whisper(folder):
-    """A Whisper of the real window and next to no width, as its makers' folders lie."""
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6,
+                                   "mrope_section": [4, 6, 6]}    # of a head's width / 2
+        audio["output_dim"] = 64
+        more = {"initializer_range": 64 ** -0.5, "vision_config": {
+            "depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64}}
+    model_class = BACKBONES[name].model_class
+    config = model_class.config_class(text_config=text, audio_config=audio, **more)
+    config.audio_token_id = vocab[tokens[0]]
+    config.vision_start_token_id = 3    # a field of Omni's published config, not of the class
     torch.manual_seed(0)
-    config = transformers.WhisperConfig(
-        d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
-        decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=64,
+    model_class(config).save_pretrained(folder)    # by the names of the published files
+    if name == "qwen2.5-omni":    # the published folder is that of the full model
+        path = folder / "model.safetensors"
+        weights = safetensors.torch.load_file(path) | {"talker.model.norm.weight": torch.ones(8)}
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+        with edited_json(folder / "config.json") as full:
+            thinker = dict(full)
+            full.clear()
+            full |= {"model_type": "qwen2_5_omni", "thinker_config": thinker}
+
+
+def tiny_parts(folder):
+    """Writes a Whisper of the real window, and a text model with tied embeddings and no spare
+    rows, for docs/compose.py."""
+    torch.manual_seed(0)
+    transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
+        **TOWER, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=64,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
-        init_std=32 ** -0.5)
-    transformers.WhisperForConditionalGeneration(config).save_pretrained(folder)
-    transformers.WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
-
-
-def tiny_llama(folder):
-    """A text model with tied embeddings, no spare rows and the tokens of ChatML."""
-    torch.manual_seed(0)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocab = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()) + special)}
-    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=special,
-                                            pad_token="<|im_end|>")
-    tokenizer.save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocab), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        max_position_embeddings=8192,
-        num_attention_heads=2, num_key_value_heads=1, initializer_range=64 ** -0.5,
-        tie_word_embeddings=True)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        init_std=32 ** -0.5)).save_pretrained(folder / "whisper")
+    transformers.WhisperFeatureExtractor(feature_size=80).save_pretrained(folder / "whisper")
+    vocab = tiny_tokenizer(folder / "llama")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **NARROW, vocab_size=len(vocab), tie_word_embeddings=True,
+    )).save_pretrained(folder / "llama")
 
 
 @pytest.fixture(scope="session")
@@ -3494,8 +3289,7 @@ def hub(tmp_path_factory):
     """{key of `coat`: (name, model_path)}; tiny has no files"""
     folder = tmp_path_factory.mktemp("hub")
     folders = {"tiny": ("tiny", None), "composed": ("qwen2-audio", str(folder / "composed"))}
-    tiny_whisper(folder / "whisper")
-    tiny_llama(folder / "llama")
+    tiny_parts(folder)
     compose = runpy.run_path(str(HERE / "docs/compose.py"))["compose"]
     compose(str(folder / "whisper"), str(folder / "llama"), str(folder / "composed"))
     for name in REAL:
@@ -3531,33 +3325,10 @@ def written(coat, tmp_path_factory):
     """What `coat` says to a batch, its adapter's folder, and the folder of the merged model."""
     folder = tmp_path_factory.mktemp("written")
     coat.save(folder / "adapter")
-    load_coat(str(folder / "adapter")).merge().save(folder / "merged")
+    load_coat(folder / "adapter").merge().save(folder / "merged")
     batch = build_inputs(coat, [noise(1.0), noise(31, 5)], ["Which?", "Which note is it?"])
     return SimpleNamespace(adapter=str(folder / "adapter"), merged=str(folder / "merged"),
                            batch=batch, said=greedy(coat, batch))
-
-
-@pytest.fixture(scope="session")
-def text_think(hub, tmp_path_factory):
-    """The adapter of Audio Flamingo 3's authors for thinking in text, in its old layout."""
-    name = "audio-flamingo-3"
-    folder = tmp_path_factory.mktemp("think")
-    ours = loaded(name, hub)
-    ours.lm.save_pretrained(folder, save_embedding_layers=False)
-    path = folder / "adapter_model.safetensors"
-    old = {}
-    for key, value in safetensors.torch.load_file(path).items():
-        if "lora" in key:
-            old[key.replace("model.model.language_model", "model.language_model.model")] = value
-    safetensors.torch.save_file(old, path, metadata={"format": "pt"})
-    with edited_json(folder / "adapter_config.json") as config:
-        config["trainable_token_indices"] = None
-    bias = torch.randn(64)
-    torch.save({"base_model.model.multi_modal_projector.linear_2.bias": bias},
-               folder / "non_lora_trainables.bin")
-    ask = ["ask", name, HERE / "assets/clips/cow.flac", "--question", "?", "--device", "cpu",
-           "--model-path", hub[name][1], "--max-new-tokens", 2, "--json", "--text-think"]
-    return SimpleNamespace(ours=ours, folder=str(folder), bias=bias, ask=ask)
 
 
 @pytest.fixture(scope="session")
@@ -3598,36 +3369,6 @@ def run_card(folder, clip, question):
 def last_logits(coat, batch):
     """(B, V) after the prompt."""
     return coat.hf.lm_head(coat.states(batch)[0][:, -1])
-
-
-@contextlib.contextmanager
-def watched(coat):
-    """A list that grows by "audio tower", and by the length of each input to the language model."""
-    calls = []
-
-    def tower_runs(module, args, kwargs):
-        calls.append("audio tower")
-
-    def language_model_runs(module, args, kwargs):
-        calls.append(kwargs["inputs_embeds"].shape[1])
-
-    inner = coat.hf.model
-    hooks = [inner.audio_tower.register_forward_pre_hook(tower_runs, with_kwargs=True),
-             inner.language_model.register_forward_pre_hook(language_model_runs, with_kwargs=True)]
-    yield calls
-    for hook in hooks:
-        hook.remove()
-
-
-def forward_and_projected(coat, batch):
-    """What `coat` gives for a batch, and what the last module before the language model gave."""
-    inner = coat.hf.model
-    last = inner.audio_tower.proj if coat.name == "qwen2.5-omni" else inner.multi_modal_projector
-    kept = []
-    hook = last.register_forward_hook(lambda module, args, out: kept.append(out))
-    out = coat(batch)
-    hook.remove()
-    return out, kept[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3688,18 +3429,9 @@ def official(cls, **sizes):
     """{official name: filled tensor} of an expert."""
     with torch.device("meta"):
         module = cls(**sizes)
-    filled = {}
-    for key, value in module.state_dict().items():
-        if "num_batches" not in key:
-            name = official_name(module, key)
-            filled[name] = fill(name, value.shape)
-    return filled
-
-
-def official_name(module, key):
-    for pattern, replacement in module.KEYS:
-        key = re.sub(pattern, replacement, key)
-    return key
+    shapes = {module.official(key): value.shape for key, value in module.state_dict().items()
+              if "num_batches" not in key}
+    return {name: fill(name, shape) for name, shape in shapes.items()}
 
 
 @functools.cache
@@ -4166,14 +3898,14 @@ def all_five(tmp_path_factory):
 @pytest.fixture(scope="session")
 def mixed_runs(tmp_path_factory):
     """A folder with runs of two stages of two steps over the same rows: batch/, micro_batches/,
-    two_ranks/ and killed/, which lacks its end. The rows are uneven in all ways: first rank 0 gets
-    text alone, then rank 1 a clip of NaN."""
+    two_ranks/ and killed/, which lacks its end. The rows are uneven in all ways: rank 0 gets text
+    alone, rank 1 clips, one of them of NaN."""
     folder = tmp_path_factory.mktemp("mixed")
-    path = manifest(folder, [0.4 + 0.17 * i for i in range(9)] + [2])
-    wav(folder, "9.wav", np.full(32000, np.nan), subtype="FLOAT")
-    text = [{"audio": None, "prompt": "Say " + "it " * i, "response": "yes"} for i in range(6)]
+    path = manifest(folder, [0.4 + 0.17 * i for i in range(7)] + [2])
+    wav(folder, "7.wav", np.full(32000, np.nan), subtype="FLOAT")
+    text = [{"audio": None, "prompt": "Say " + "it " * i, "response": "yes"} for i in range(8)]
     write_lines(path, text + read_lines(path))
-    assert (plan_stage(Manifest(path), 2, 8, 0, 0)[0] < 6).sum() == 6
+    assert ((plan_stage(Manifest(path), 2, 8, 0, 0) < 8) == ([True] * 4 + [False] * 4)).all()
 
     flags = ["--data", path, "--stage", "2:recon,pitch", "--stage", "2:recon", "--batch", 8,
              "--calibrate", 8, "--save-every", 1, "--keep", 9, "--workers", 1]
