@@ -31,12 +31,12 @@ import torch
 from huggingface_hub.utils import http_backoff
 
 from data import (Rows, collate, fingerprint, open_source, parse_row, read_audio, expert_targets,
-                  to_device, usable_rows)
+                  usable_rows)
 from experts import EXPERTS, load_experts
 from heads import heads_for
 from model import (ASSETS, BACKBONES, COUNT, WORKERS, InputError, TooLong,
                    checkpoint_steps, latest_checkpoint, load_coat, load_text_think, one_line_errors, pad_rows, read_json,
-                   usable_device, write_file)
+                   to_device, usable_device, write_file)
 
 AUDIO = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
 # Tasks whose answers a judge rates (appendix B); no comparison of strings could.
