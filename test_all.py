@@ -746,7 +746,7 @@ def test_frame_lands_in_the_token_that_holds_its_centre_and_constants_stay(frame
 def test_random_experts_are_loud_and_always_the_same(shipped, monkeypatch):
     with warnings.catch_warnings(action="error"):
         load("pitch", random=True)    # ships its weights
-    monkeypatch.setitem(EXPERTS, "affect", Affect)
+    EXPERTS["affect"] = Affect    # until `shipped` ends
     monkeypatch.setattr(Affect, "__init__", functools.partialmethod(Affect.__init__, **TINY))
     with pytest.warns(UserWarning, match="affect: RANDOM WEIGHTS"):
         first = load("affect", random=True)
@@ -3288,7 +3288,7 @@ def test_file_that_is_no_expert_is_named_in_one_line(write_file, words, tmp_path
 
 
 def test_check_goes_on_after_an_expert_that_is_missing(shipped, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(EXPERTS, "again", Pitch)
+    EXPERTS["again"] = Pitch
     monkeypatch.setattr(sys, "argv", ["experts.py", "--check", "--expert-pitch", str(tmp_path)])
     with pytest.raises(SystemExit, match="1"):
         experts.main()
