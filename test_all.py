@@ -2746,7 +2746,7 @@ def test_bench_trains_every_way_and_times_each_expert(shipped):
     assert list(ways) == ["no block", "block", "block, recon", "block, pitch", "block, all experts",
                           "Trainer", "Trainer, by length"]
     assert ways["block"]["padding"] < ways["Trainer"]["padding"]
-    assert all(way["rows_per_s"] > 0 for way in ways.values())
+    assert all(way["rows/s"] > 0 for way in ways.values())
 
 
 # --------------------------------------------------------------------------------------------------
