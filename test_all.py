@@ -366,21 +366,15 @@ def test_transformers_generate_says_the_same_and_neither_warns(coat, recwarn):
     assert torch.equal(said, theirs[:, batch["input_ids"].shape[1]:])
 
 
-@pytest.mark.parametrize("think", [True, False])
-def test_batch_answers_each_row_as_it_is_answered_alone(coat, rows, think):
-    together = greedy(coat, build_inputs(coat, *rows[:2], think=think), 6, stop=True)
-    for i, (wave, prompt) in enumerate(zip(*rows[:2])):
-        alone = greedy(coat, build_inputs(coat, [wave], [prompt], think=think), 6, stop=True)[0]
-        assert together[i, :len(alone)].tolist() == alone.tolist()
-
-
-def test_answer_takes_numpy_or_torch_at_any_rate_and_lists(coat):
+def test_answer_takes_numpy_or_torch_at_any_rate_and_lists_as_it_takes_each_alone(coat):
     wave = torchaudio.functional.resample(noise(1.0), 16000, 44100)
-    heard = at_rate(wave, 44100, 16000)
-    want = coat.generate(build_inputs(coat, [heard, None], ["Which?", "Hello"]), 6)
-    clips = [wave.double().numpy(), None]
-    assert coat.answer(clips, [44100, None], ["Which?", "Hello"], 6) == want
-    assert coat.answer(wave, 44100, "Which?", max_new_tokens=6) == want[0]
+    clips = [wave.double().numpy(), noise(2.2, 5), None]
+    said = coat.answer(clips, [44100, 16000, None], ["Which?", "Which note is it?", "Hello"], 6)
+    assert said == [coat.answer(wave, 44100, "Which?", 6),
+                    coat.answer(clips[1].numpy(), 16000, "Which note is it?", 6),
+                    coat.answer(None, None, "Hello", max_new_tokens=6)]
+    batch = build_inputs(coat, [at_rate(wave, 44100, 16000)], ["Which?"])
+    assert coat.generate(batch, 6) == said[:1]
 
 
 def test_thinking_tokens_are_never_said(coat):
