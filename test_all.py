@@ -289,9 +289,8 @@ def test_audio_embeds_are_the_projected_tower_and_build_no_graph(coat):
     inner = coat.hf.model
     last = inner.audio_tower.proj if coat.name == "qwen2.5-omni" else inner.multi_modal_projector
     kept = []
-    hook = last.register_forward_hook(lambda module, args, out: kept.append(out))
-    out = coat(batch)
-    hook.remove()
+    with last.register_forward_hook(lambda module, args, out: kept.append(out)):
+        out = coat(batch)
     projected, = kept
     assert projected.requires_grad == bool(coat.new_projector)
     if projected.ndim == 3:
@@ -457,17 +456,15 @@ def test_saved_template_asks_for_the_block_and_writes_it(coat, written, folder):
     template = (getattr(written, folder) / "chat_template.jinja").read_text()
     clip, text = {"type": "audio"}, {"type": "text", "text": "Which?"}
 
-    def render(content, ask=True, **kwargs):
-        chat = [{"role": "user", "content": content}]
+    def render(content, **kwargs):
         return coat.processor.apply_chat_template(
-            chat, template, tokenize=False, add_generation_prompt=ask, **kwargs)
+            [{"role": "user", "content": content}], template, add_generation_prompt=True, **kwargs)
 
     prompt = render_prompt(coat, "Which?", 1)
     block = THINK_START + 25 * THINK + THINK_END
     assert render([clip, text], n_audio=25) == prompt + block
     assert render([clip | {"n_audio": 25}, text]) == prompt + block
     assert render([clip, text], n_audio=0) == prompt
-    assert prompt.startswith(render([clip, text], ask=False))
     assert render("Say hello.") == render_prompt(coat, "Say hello.", 0)
     for content in ([clip, text], coat.backbone.audio_token + "Which?"):
         with pytest.raises(Exception, match="n_audio"):
@@ -523,8 +520,6 @@ def test_composed_backbone_knows_what_its_text_model_knows(tmp_path):
     with torch.no_grad():
         logits = text_model(batch["input_ids"]).logits[:, -1]
         assert_close(last_logits(coat, batch)[:, :len(vocab)], logits)
-        heard = coat(build_inputs(coat, [noise(1.0)], ["?"])).audio_embeds
-    assert 0.3 < heard.std() / text_model.get_input_embeddings().weight.std() < 3
 
 
 def test_text_thinking_adapter_of_the_old_layout_is_loaded_whole(hub, text_think, tmp_path):
@@ -2632,14 +2627,12 @@ def test_hostile_reply_of_a_judge_is_read_in_no_time(text):
 # What goes wrong: weights
 
 @pytest.mark.parametrize("file, content, words", [
-    ("config.json", None, "config.json"), ("model.safetensors", None, "model.safetensors"),
-    ("preprocessor_config.json", None, "feature extractor"),
-    ("tokenizer.json", None, "tokenizer is missing"),
+    ("model.safetensors", None, "model.safetensors"), ("tokenizer.json", None, "is missing"),
     ("config.json", {"model_type": "bert"}, "config.json is that of 'bert'"),
     ("config.json", {"text_config": None}, "part of its config is null"),
     ("config.json", {"quantization_config": {"load_in_4bit": True}}, "quantised"),
-    ("config.json", {"text_config": {"intermediate_size": 96}}, "6 tensors are missing"),
-    ("config.json", b"\xff\0", "not a valid JSON"), ("tokenizer.json", b"[]", "TypeError"),
+    ("config.json", {"intermediate_size": 96}, "6 tensors are missing"),
+    ("tokenizer.json", b"[]", "TypeError"),
     ("chat_template.jinja", b"{{ messages[0].role }}", "number of audio inputs"),
     ("model.safetensors", b"<html>" * 99, "SafetensorError")])
 def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, content, words):
@@ -2651,9 +2644,8 @@ def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, c
     elif isinstance(content, bytes):
         write(folder / file, content)
     else:
-        with edited_json(folder / file) as value:
-            for key, new in content.items():
-                value[key] = value[key] | new if key == "text_config" and new else new
+        with edited_json(folder / file) as config:
+            (config["text_config"] if "intermediate_size" in content else config).update(content)
     with pytest.raises(ValueError, match=words) as error:
         coat = load_coat("qwen2-audio", model_path=folder)
         build_inputs(coat, [noise(1.0)], ["?"])
