@@ -1,9 +1,9 @@
-"""Rows, audio, mixtures, synthetic tones, the batches of a stage, and the rows of known corpora.
+"""Audio, rows, the batches of a stage, benchmarks, corpora.
 
     python data.py check assets/clips.jsonl      # rows, hours, what would be skipped and why
     python data.py check MIXTURE.json --quick    # what a stage draws, too; decodes nothing
     python data.py convert clotho ROOT           # rows of a corpus as its makers lay it out
-    python data.py convert mmau ROOT             # or of a benchmark
+    python data.py convert hub NAME --split train --prompt question --response answer
 
 A manifest holds one JSON object a line; audio paths are relative to it, null is a row of text:
 
@@ -11,15 +11,18 @@ A manifest holds one JSON object a line; audio paths are relative to it, null is
 
 Optional: "start" and "end" in seconds (a segment of the file), "seconds" (its length, saves opening
 the file to sort by length), "choices" (the options of a multiple-choice row) and "question" (what a
-judge is shown instead of the prompt). A mixture draws from manifests; README.md shows one.
+judge is shown instead of the prompt). Rows count from 0, here and in all files and messages.
 """
 import argparse
 import ast
 import codecs
+import contextlib
+import copy
 import csv
 import functools
 import glob
 import hashlib
+import io
 import json
 import math
 import os
@@ -34,61 +37,143 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-from experts import EXPERTS, resample_frames
-from model import (ASSETS, BACKBONES, IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError,
-                   build_inputs, check_seconds, check_text, encode_row, load_coat, one_line_errors,
-                   pad_batch, pad_rows)
+from experts import EXPERTS, load, resample_frames
+from model import (ASSETS, IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError, build_inputs,
+                   check_seconds, check_text, encode_row, load_coat, one_line_errors, pad_batch,
+                   pad_rows)
 
-MAX_KERNEL = 2 ** 24    # taps of a resampling kernel; for 44,099 Hz it would take gigabytes
+MAX_KERNEL = 2 ** 24      # taps of a resampling kernel; for 44,099 Hz it would take gigabytes
+MAX_PEAK = 2.0            # mp3 and resampling go a bit above 1, integers stored as float far above
+# A header that states more does not know the length: a program wrote into a pipe.
+MAX_FRAMES = 2 ** 40
+MAX_BYTES = 0x7f000000
+# Formats that show whether a file is whole, by their header or their stream.
+FORMATS = ("WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "CAF", "FLAC", "OGG", "MP3")
+# How a stream begins; mp3: with a frame or a tag.
+STREAMS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22", "MP3": rb"ID3|\xff[\xe0-\xff]"}
+# The usual way takes an open file for each tensor that comes from a data process.
+torch.multiprocessing.set_sharing_strategy("file_system")
 
 
 # --------------------------------------------------------------------------------------------------
-# Audio
+# Audio. A clip is a path, or the bytes of a file.
 
-def open_audio(path, start=None, end=None):
-    """Opens a file, or a segment of it in seconds, and checks what its header says.
+class Sound(soundfile.SoundFile):
+    """A stream of bytes to be decoded once, from front to back.
 
-    Returns (soundfile.SoundFile, first frame, number of frames). Raises InputError."""
-    if not os.path.isfile(path):
-        raise InputError(f"no file '{path}'; check the path")
+    length      in frames, or None if the header does not state it"""
+
+    def __init__(self, stream):
+        self.stream = stream
+        super().__init__(stream)
+        self.length = self.frames if self.frames < MAX_FRAMES else None
+
+    def seekable(self):
+        return False    # else soundfile seeks after each read; GSM and FLAC of a pipe cannot
+
+    def close(self):
+        super().close()
+        self.stream.close()
+
+
+def open_sound(clip):
+    """A clip -> Sound. Of an mp3 that states no length libsndfile would estimate it by the first
+    frame, and stop there: while it is opened the file is long enough for any bit rate."""
+    def stream():
+        return open(clip, "rb") if isinstance(clip, str) else io.BytesIO(clip)
+
+    sound = Sound(stream())
+    if sound.format != "MP3":
+        return sound
+    with stream() as file:
+        data = file.read()
+    tag = 10 + sum(data[9 - i] << 7 * i for i in range(4)) if data[:3] == b"ID3" else 0
+    if re.search(b"Xing|Info|VBRI", data[tag:tag + 256]):
+        return sound
+    longer = io.BytesIO(data + bytes(min(40 * len(data), 2 ** 28)))    # 320 kbit/s against 8
+    sound = Sound(longer)
+    sound.length = None
+    longer.truncate(len(data))
+    return sound
+
+
+def open_audio(clip, start=None, end=None, name=None):
+    """Opens a clip, or a segment of it in seconds, and checks all that its header says.
+
+    name    of a clip that is bytes, for messages
+    Returns (Sound, first frame, frame after the last). Raises InputError."""
+    name = name or clip
+    if isinstance(clip, str) and not os.path.isfile(clip):
+        raise InputError(f"no file '{name}'; check the path")
     try:
-        file = soundfile.SoundFile(path)
-    except (OSError, TypeError, soundfile.LibsndfileError) as e:    # TypeError: .raw has no header
-        raise InputError(f"cannot decode '{path}' ({e}); give wav, flac, ogg or mp3") from e
-    first = round((start or 0) * file.samplerate)
-    last = file.frames if end is None else min(file.frames, round(end * file.samplerate))
-    if last == file.frames and is_cut(file):
-        raise InputError(f"'{path}' is cut off; copy it again")
+        sound = open_sound(clip)
+        if sound.length is None:
+            length = 0
+            while count := len(sound.read(sound.samplerate)):
+                length += count
+            sound = open_sound(clip)
+            sound.length = length
+    except (TypeError, soundfile.LibsndfileError) as e:    # TypeError: .raw, which has no header
+        raise InputError(f"cannot decode '{name}' ({getattr(e, 'error_string', 'no header')}); "
+                         f"make a wav of it: ffmpeg -i '{name}' clip.wav") from e
+    rate = sound.samplerate
+    first = round((start or 0) * rate)
+    last = sound.length if end is None else min(sound.length, round(end * rate))
+    if sound.format not in FORMATS:
+        raise InputError(f"'{name}' is {sound.format}, which cannot tell whether it is whole; "
+                         "convert it to wav or flac")
+    if last == sound.length and is_cut(sound):
+        raise InputError(f"'{name}' is cut off, or is two files in one; copy or export it again")
     if not 0 <= first < last:
-        raise InputError(f"'{path}' has no samples from {start or 0} s to {end or 'its end'}; "
-                         f"it lasts {file.frames / file.samplerate:.2f} s")
-    check_seconds((last - first) / file.samplerate, f"'{path}'")
-    return file, first, last - first
+        raise InputError(f"'{name}' has no samples from {start or 0} s to {end or 'its end'}; "
+                         f"it lasts {sound.length / rate:.2f} s")
+    check_seconds((last - first) / rate, f"'{name}'")
+    return sound, first, last
 
 
-def is_cut(file):
-    """Whether a WAV or OGG file ends early. libsndfile reads what is left; only its log tells. (A
-    program that writes into a pipe states 2 GB or more.)"""
-    stated = re.search(r"^data : (\d+) \(should be", file.extra_info, re.M)
-    is_cut_wav = stated and int(stated[1]) < 0x7ffff000
-    return bool(is_cut_wav) or "Junk after the last page" in file.extra_info
+def is_cut(sound):
+    """Whether the header states more than there is. libsndfile reads what is left; its log tells."""
+    sizes = re.findall(r": +(\d+) \(should be (\d+)\)", sound.extra_info)
+    too_large = [1.01 * int(size) < int(stated) < MAX_BYTES for stated, size in sizes]
+    return any(too_large) or "Junk after the last page" in sound.extra_info    # OGG
 
 
-def read_audio(path, start=None, end=None):
-    """A file, or a segment of it in seconds -> ((N,) float32 mono in [-1, 1], its rate in Hz).
+def goes_on(sound):
+    """Whether another stream follows the one that was decoded to its end, as in joined files."""
+    if sound.format == "MP3":    # was read frame by frame; what may be left is a frame, or a tag
+        tail = sound.stream.read()
+        return len(tail) > 4096 and bool(re.match(STREAMS["MP3"], tail))
+    sound.stream.seek(4)
+    return bool(re.search(STREAMS.get(sound.format, b"$^"), sound.stream.read()))
+
+
+def read_audio(clip, start=None, end=None, name=None):
+    """A clip, or a segment of it in seconds -> ((N,) float32 mono in [-1, 1], its rate in Hz).
 
     Reads whatever libsndfile decodes. Raises InputError."""
-    file, first, count = open_audio(path, start, end)
-    with file:
+    name = name or clip
+    sound, first, last = open_audio(clip, start, end, name)
+    with sound:
+        before = min(first, sound.samplerate)    # an mp3 frame needs those before it: 1 s
         try:
-            file.seek(first)
-            channels = file.read(count, dtype="float32", always_2d=True)    # (N, channels)
+            if soundfile.SoundFile.seekable(sound):
+                sound.seek(first - before)
+            else:
+                before = first
+            frames = sound.read(before + last - first, dtype="float32", always_2d=True)[before:]
         except soundfile.LibsndfileError as e:
-            raise InputError(f"'{path}' breaks off ({e.error_string}); export it again") from e
-    wave = torch.from_numpy(channels).mean(1)
-    if len(wave) < 0.99 * count or not wave.isfinite().all():
-        raise InputError(f"'{path}' is cut off or has NaN; export it again")
-    return wave, file.samplerate
+            raise InputError(f"'{name}' breaks off ({e.error_string}); export it again") from e
+        if len(frames) < 0.99 * (last - first):
+            raise InputError(f"'{name}' is cut off: {len(frames)} of {last - first} samples; "
+                             "copy it again")
+        if last == sound.length and goes_on(sound):
+            raise InputError(f"'{name}' goes on after its end at {last / sound.samplerate:.2f} s, "
+                             "as joined files do; decode them one by one, or export it again")
+    peak = np.abs(frames).max()
+    if not peak <= MAX_PEAK:    # so that NaN is refused too
+        raise InputError(f"'{name}' has samples up to {peak:g}; export it with samples from -1 to "
+                         "1 (or divide: integers were stored as float)")
+    return torch.from_numpy(frames).mean(1), sound.samplerate
 
 
 def at_rate(wave, rate, new_rate):
@@ -107,15 +192,19 @@ def at_rate(wave, rate, new_rate):
 #   lengths     (rows,) seconds of audio, 0 without
 #   skipped     [(row number, InputError)] of those that headers and stated lengths rule out
 #   files       what it is read from
-#   draw(n, seed, stage)    (n,) row numbers of a stage in random order
+#   about       one line that says what it is
+#   draw(n, rng)    (n,) row numbers of a stage in random order
 
 def open_source(text, training_rows=None, seed=0):
-    """A manifest (rows.jsonl), a mixture (.json), or synthetic tones: tones[:KINDS[:N]].
+    """A manifest (rows.jsonl), a mixture (.json), a benchmark (see Benchmark), or synthetic tones:
+    tones[:KINDS[:N]].
 
     training_rows   how many rows training takes in all. Of tones there are as many, or, with N, N
                     labelled clips of each kind and as many without a label.
                     None: held-out tones, N rows of each kind (60)
     seed            of the labelled clips"""
+    if re.split("[@=]", text)[0] in BENCHMARKS:
+        return Benchmark(text)
     if not re.match("tones(:|$)", text):
         return Mixture(text) if text.endswith(".json") else Manifest(text)
     found = re.fullmatch(r"tones(?::([\w,]*)(?::([1-9]\d{0,5}))?)?", text)
@@ -145,36 +234,98 @@ def fingerprint(source):
     for path in source.files:
         with open(path, "rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
+    if isinstance(source, Benchmark):
+        found.update(json.dumps(source.rows).encode())
     return found.hexdigest()
 
 
 NUMBER = (int, float, type(None))
 KINDS = {"prompt": str, "response": str, "task": str, "audio": (str, type(None)), "start": NUMBER,
-         "end": NUMBER, "seconds": NUMBER, "choices": (list, type(None))}
-LOADED_KEYS = ("wave", "rate", "row")    # what loading adds
+         "end": NUMBER, "seconds": NUMBER, "choices": (list, type(None)),
+         "question": (str, type(None))}
+LOADED_KEYS = {"wave", "rate", "row"}    # what loading adds
+
+
+def fits(value, kind):
+    """Whether a value of a row is of its kind, and of use."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        return False
+    if kind is NUMBER:
+        return 0 <= (value or 0) <= 1e6
+    if kind is str:
+        return bool(value.strip())
+    return all(isinstance(part, str) and part.strip() for part in value or ())
 
 
 def parse_row(line, where, answered=True):
     """A line of a manifest, bytes -> the row. Raises InputError that begins with `where`.
 
     answered    False: it needs no response"""
-    unanswered = {} if answered else {"response": "none"}
+    row = {"audio": None, "task": "qa", "seconds": None} | ({} if answered else {"response": "?"})
     try:
-        row = {"audio": None, "task": "qa", "seconds": None} | json.loads(line.decode("utf-8-sig"))
+        row |= json.loads(line.decode("utf-8-sig"))
+        json.dumps(row, ensure_ascii=False).encode()    # fails at half a character
     except (ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{where}: {e}; write one JSON object a line, in UTF-8") from e
-    row = unanswered | row
-    for key, kind in KINDS.items():
-        value = row.get(key)
-        fits = isinstance(value, kind) and (
-            value.strip() if kind is str else kind is not NUMBER or 0 <= (value or 0) <= 1e6)
-        if not fits:
-            raise InputError(f'{where}: "{key}" is missing or of another kind; a row has "audio", '
-                             '"prompt" and "response", see data.py')
+    bad = [key for key, kind in KINDS.items() if not fits(row.get(key), kind)]
+    bad += row.keys() & LOADED_KEYS    # those are taken
+    if bad:
+        raise InputError(f'{where}: "{bad[0]}" is missing, empty or of another kind; a row has '
+                         '"audio", "prompt" and "response", see data.py; python data.py convert '
+                         "reads other formats")
+    row["task"] = row["task"].strip().lower()
     return row
 
 
-class Manifest:
+class Source:
+    """What manifests and benchmarks share. They have [i], row i without its wave; clip(i, row), its
+    path or bytes; stated, (rows,) seconds, nan where unknown; left_out, part of skipped; tasks,
+    {task: rows}."""
+
+    files = ()
+    left_out = ()
+
+    def load(self, i):
+        row = self[i]
+        if row["audio"] is not None:
+            row["wave"], row["rate"] = read_audio(self.clip(i, row), row.get("start"),
+                                                  row.get("end"), row["audio"])
+        return row
+
+    @functools.cached_property
+    def headers(self):
+        """(lengths, skipped); opens the clips whose length is not stated, once."""
+        lengths = self.stated.copy()
+        skipped = list(self.left_out)
+        in_range = (lengths >= MIN_SECONDS) & (lengths <= MAX_SECONDS)    # nan is not
+        for i in np.flatnonzero(~in_range & (lengths != 0)).tolist():
+            row = self[i]
+            try:
+                if row.get("seconds") is not None:
+                    check_seconds(row["seconds"], f"'{row['audio']}'")
+                sound, first, last = open_audio(self.clip(i, row), row.get("start"),
+                                                row.get("end"), row["audio"])
+                with sound:
+                    lengths[i] = (last - first) / sound.samplerate
+            except InputError as e:
+                lengths[i] = 0
+                skipped.append((i, e))
+        return lengths, sorted(skipped, key=lambda found: found[0])
+
+    lengths = property(lambda self: self.headers[0])
+    skipped = property(lambda self: self.headers[1])
+
+    def draw(self, n, rng):
+        return passes(usable_rows(self), n, rng)
+
+    @property
+    def about(self):
+        tasks = [f"{n} {task}{' (unknown: exact match)' * (task not in TASKS)}"
+                 for task, n in self.tasks.items()]
+        return f"{len(self)} rows, {self.lengths.sum() / 3600:.3f} h: {', '.join(tasks)}"
+
+
+class Manifest(Source):
     """The rows of JSON-lines files, one file after the other.
 
     Each line is checked once and read again when it is needed, so that a row takes 16 bytes of
@@ -185,17 +336,21 @@ class Manifest:
         self.first = [0]       # number of each file's first row; at the end the number of rows
         self.tasks = Counter()
         starts = array("q")    # first byte of each row in its file
-        stated = array("d")    # seconds of each row: 0 without audio, nan if not stated
+        stated = array("d")
         for path in paths:
+            if os.path.isdir(path) or path.endswith(".parquet"):
+                raise InputError(f"'{path}' is no manifest; python data.py convert hub writes one")
             if not os.path.isfile(path):
-                raise InputError(f"no manifest '{path}'; give a file with one JSON object a line")
+                raise InputError(f"no manifest '{path}'; give a file with one JSON object a line, "
+                                 f"or a benchmark: {', '.join(BENCHMARKS)}")
             start = 0
             for number, line in enumerate(open(path, "rb"), 1):
                 if line.strip():
-                    row = parse_row(line, f"{path}, line {number}")
+                    i = len(starts) - self.first[-1]
+                    row = parse_row(line, f"{path}, row {i} (line {number})")
                     seconds = 0 if row["audio"] is None else row["seconds"]
                     starts.append(start)
-                    stated.append(math.nan if seconds is None else seconds)
+                    stated.append(math.nan if seconds is None else seconds or -1)
                     self.tasks[row["task"]] += 1
                 start += len(line)
             if len(starts) == self.first[-1]:
@@ -207,56 +362,29 @@ class Manifest:
     def __len__(self):
         return len(self.starts)
 
-    def __getitem__(self, i):
-        """Row i without its wave."""
-        start = self.starts[i]    # IndexError after the last one, which ends a loop over the rows
+    def where(self, i):
+        """-> (number of the file, path, row in it)"""
         k = np.searchsorted(self.first, i, side="right") - 1
-        path = self.paths[k]
+        return k, self.paths[k], i - self.first[k]
+
+    def __getitem__(self, i):
+        start = self.starts[i]    # IndexError after the last one, which ends a loop over the rows
+        _, path, number = self.where(i)
         with open(path, "rb") as file:    # anew: processes that share an open one share its place
             file.seek(start)
-            row = parse_row(file.readline(), f"{path}, row {i - self.first[k]}")
+            row = parse_row(file.readline(), f"{path}, row {number}")
         if row["audio"] is not None:
             row["audio"] = os.path.join(os.path.dirname(path), row["audio"])
         return row
 
-    def load(self, i):
-        """Row i, with "wave" and "rate" where it has audio. Raises InputError."""
-        row = self[i]
-        if row["audio"] is not None:
-            row["wave"], row["rate"] = read_audio(row["audio"], row.get("start"), row.get("end"))
-        return row
-
-    @functools.cached_property
-    def headers(self):
-        """(lengths, skipped); opens the files whose length is not stated, once."""
-        lengths = self.stated.copy()
-        skipped = []
-        in_range = (lengths >= MIN_SECONDS) & (lengths <= MAX_SECONDS)    # nan is not
-        for i in np.flatnonzero(~in_range & (lengths != 0)).tolist():
-            row = self[i]
-            try:
-                if row["seconds"] is not None:
-                    check_seconds(row["seconds"], f"'{row['audio']}'")
-                file, _, count = open_audio(row["audio"], row.get("start"), row.get("end"))
-                with file:
-                    lengths[i] = count / file.samplerate
-            except InputError as e:
-                lengths[i] = 0
-                skipped.append((i, e))
-        return lengths, skipped
-
-    lengths = property(lambda self: self.headers[0])
-    skipped = property(lambda self: self.headers[1])
+    def clip(self, i, row):
+        return row["audio"]
 
     @functools.cached_property
     def usable(self):
-        """[usable row numbers] of each source."""
+        """[usable row numbers] of each file."""
         rows = usable_rows(self)
         return np.split(rows, np.searchsorted(rows, self.first[1:-1]))
-
-    def draw(self, n, seed, stage):
-        """(n,) row numbers of a stage in random order: whole passes over the usable rows."""
-        return passes(usable_rows(self), n, np.random.default_rng([seed, stage]))
 
 
 def allot(n, weights, caps):
@@ -295,25 +423,27 @@ class Mixture(Manifest):
         try:
             with open(path, encoding="utf-8") as file:
                 text = "".join(line for line in file if not line.lstrip().startswith("//"))
-            spec = json.loads(text)
-            names = [set(spec), *(set(given) - {"draw"} for given in spec["groups"].values())]
-            if names[0] - {"groups", "max_epochs", "rows"} or any(
-                    found != {"share", "sources"} for found in names[1:]):
-                raise ValueError(f"it has other keys: {names}")
-            for group, given in spec["groups"].items():
+            spec = json.loads(text, object_pairs_hook=unique_names)
+            for group, given in spec.pop("groups").items():
                 first = len(paths)
-                for source in given["sources"]:
+                for source in given.pop("sources"):
                     source = {"rows": source} if isinstance(source, str) else source
                     paths.append(os.path.join(os.path.dirname(path), source["rows"]))
                     limit = source.get("max_epochs", spec.get("max_epochs", math.inf))
                     self.max_epochs.append(float(limit))
-                by_size = {"uniform": False, "by size": True}[given.get("draw", "uniform")]
+                by_size = {"uniform": False, "by size": True}[given.pop("draw", "uniform")]
                 members = np.arange(first, len(paths))
-                self.groups[group] = (float(given["share"]), by_size, members)
-            self.stage_rows = int(spec.get("rows", 1_600_000))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-            raise InputError(f"'{path}' is no mixture ({type(e).__name__}: {e}); README.md shows "
-                             "one") from e
+                share = float(given.pop("share"))
+                if given or not 0 < share < math.inf or not len(members):
+                    raise ValueError(f'"{group}" needs a "share" above 0 and "sources"')
+                self.groups[group] = (share, by_size, members)
+            self.stage_rows = int(spec.pop("rows", 1_600_000))
+            if spec.keys() - {"max_epochs"} or not min(self.max_epochs) > 0:
+                raise ValueError('it holds "groups", "rows" and "max_epochs" above 0')
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+                RecursionError) as e:
+            raise InputError(f"'{path}' is no mixture ({type(e).__name__}: {e}); see "
+                             "assets/mixture.json") from e
         super().__init__(*paths)
         self.files = (path, *paths)
 
@@ -336,9 +466,9 @@ class Mixture(Manifest):
             counts[members] = allot(rows, weights, caps[members])
         return counts
 
-    def draw(self, n, seed, stage):
-        """(n,) row numbers of a stage in random order; a row of a source comes k or k+1 times."""
-        rng = np.random.default_rng([seed, stage])
+    def draw(self, n, rng):
+        """Of a source each row comes k or k+1 times. The caller's generator stays as it is."""
+        rng = copy.deepcopy(rng)
         drawn = [passes(rows, k, rng) for rows, k in zip(self.usable, self.counts(n))]
         return rng.permutation(np.concatenate(drawn))
 
@@ -348,13 +478,20 @@ class Mixture(Manifest):
         lines = [f"{'usable rows':>14}{'share':>8}{'drawn':>10}{'epochs':>8}"]
         for group, (share, _, members) in self.groups.items():
             drawn = counts[members].sum()
-            lines.append(f"{'':14}{drawn / n:8.2%}{drawn:10}{'':8}  {group} (asked for "
-                         f"{share / sum(s for s, _, _ in self.groups.values()):.2%})")
+            asked = share / sum(share for share, _, _ in self.groups.values())
+            lines.append(f"{'':14}{drawn / n:8.2%}{drawn:10}{'':8}  {group} (asked: {asked:.2%})")
             for k in members:
                 rows = len(self.usable[k])
                 lines.append(f"{rows:14}{counts[k] / n:8.2%}{counts[k]:10}"
                              f"{counts[k] / max(1, rows):8.2f}    {self.paths[k]}")
         return lines
+
+
+def unique_names(pairs):
+    """A JSON object; of two equal names json would keep the last without a word."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a name comes twice among {', '.join(name for name, _ in pairs)}")
+    return dict(pairs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -403,12 +540,35 @@ def make_glide(n, answer, rng):
     return tone * envelope(n, 0.7, 1, rng)
 
 
+def make_clicks(n, answer, rng):
+    count = int(answer)
+    tenths = rng.choice(np.arange(1, 10), count, replace=False) + rng.uniform(-0.2, 0.2, count)
+    decay = np.exp(-np.arange(int(0.05 * SAMPLE_RATE)) / (0.01 * SAMPLE_RATE))    # 10 ms to 1/e
+    wave = np.zeros(n)
+    for tenth in np.sort(tenths):
+        start = int(n * tenth / 10)
+        burst = decay * rng.standard_normal(len(decay))
+        wave[start:start + len(decay)] += burst[:n - start]
+    return wave
+
+
 def make_timbre(n, answer, rng):
     if answer == "noise":
         tone = rng.standard_normal(n)
     else:
         tone = partials(np.full(n, any_pitch(rng)), answer, rng)
     return tone * envelope(n, 0.5, 0.9, rng)
+
+
+def make_voices(n, answer, rng):
+    second = rng.choice([4, 7, 9])    # semitones above the root
+    third = rng.choice([3, 4])
+    chord = {"1": (0,), "2": (0, second), "3": (0, third, 7)}[answer]
+    root = any_pitch(rng)
+    wave = np.zeros(n)
+    for semitones in chord:
+        wave += partials(np.full(n, root * 2 ** (semitones / 12)), "flute", rng)
+    return wave * envelope(n, 0.6, 0.9, rng)
 
 
 def make_note(n, answer, rng):
@@ -424,7 +584,9 @@ PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B"
 TONES = {    # kind: (question, all possible answers, function (samples, answer, rng) -> (samples,))
     "louder": ("Which half is louder?", ("first", "last"), make_louder),
     "glide": ("Up, down or flat?", ("up", "down", "flat"), make_glide),
+    "clicks": ("How many clicks?", ("1", "2", "3", "4"), make_clicks),
     "timbre": ("Which sound?", ("flute", "buzzer", "bell", "noise"), make_timbre),
+    "voices": ("How many notes?", ("1", "2", "3"), make_voices),
     "note": ("Which note?", ("C", "D", "E", "F", "G", "A", "B"), make_note),
     "semitone": ("Which pitch class?", PITCH_CLASSES, make_note),
 }
@@ -447,8 +609,9 @@ class Tones:
         self.kinds = tuple(kinds)
         self.n_labelled = labelled * len(kinds)
         self.seed = seed
-        steps = np.arange(self.n_labelled + n) * 0.6180339887 % 1    # golden: no pattern
-        self.lengths = 1.2 + 0.8 * steps                             # 1.2 to 2 s
+        n += self.n_labelled
+        self.lengths = 1.2 + 0.8 * (np.arange(n) * 0.6180339887 % 1)    # 1.2 to 2 s, golden steps
+        self.about = f"{n} synthetic tones: {', '.join(kinds)}"
 
     def __len__(self):
         return len(self.lengths)
@@ -470,13 +633,13 @@ class Tones:
                "prompt": question, "response": answer, "choices": answers, "task": kind}
         return row | UNLABELLED if 0 < self.n_labelled <= i else row
 
-    def draw(self, n, seed, stage):
-        """(n,) row numbers of a stage in random order."""
-        rng = np.random.default_rng([seed, stage])
+    def draw(self, n, rng):
         labelled, others = np.split(np.arange(len(self)), [self.n_labelled])
-        n_labelled = n // 2 if len(labelled) else 0
-        drawn = [passes(labelled, n_labelled, rng), passes(others, n - n_labelled, rng)]
-        return rng.permutation(np.concatenate(drawn)) if n_labelled else drawn[1]
+        if not len(labelled):
+            return passes(others, n, rng)
+        rng = copy.deepcopy(rng)    # the caller's stays as it is
+        drawn = [passes(labelled, n // 2, rng), passes(others, n - n // 2, rng)]
+        return rng.permutation(np.concatenate(drawn))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -485,20 +648,53 @@ class Tones:
 def plan_stage(source, steps, batch, seed, stage, window=50):
     """(steps, batch) row numbers of a stage, rows of a step alike in length.
 
-    `window` steps at a time of what the source draws are sorted by length and dealt out again in
-    random order. A function of its arguments alone, so that a resumed run only needs to know its
-    step. Raises InputError without any row."""
+    `window` steps at a time of what the source draws are sorted by length, see deal, and dealt out
+    again in random order; rows of text are dealt evenly over the steps. A function of its arguments
+    alone, so that a resumed run only needs to know its step. Raises InputError without any row."""
     if len(source.skipped) == len(source):
         raise InputError(f"none of the {len(source)} rows can be used; "
                          f"the first: {source.skipped[0][1]}")
-    drawn = source.draw(steps * batch, seed, stage)
     rng = np.random.default_rng([seed, stage])
+    drawn = source.draw(steps * batch, rng)
     plan = []
     for start in range(0, len(drawn), window * batch):
         rows = drawn[start:start + window * batch]
-        rows = rows[np.argsort(source.lengths[rows], kind="stable")].reshape(-1, batch)
-        plan.append(rng.permutation(rows))
+        rows = rows[np.argsort(source.lengths[rows], kind="stable")]
+        text, sound = np.split(rows, [np.sum(source.lengths[rows] == 0)])
+        in_order = []
+        for text_of_step in np.array_split(text, len(rows) // batch):
+            n_sound = batch - len(text_of_step)
+            in_order += [text_of_step, sound[:n_sound]]
+            sound = sound[n_sound:]
+        steps_of_window = deal(np.concatenate(in_order), batch)
+        plan.append(steps_of_window[rng.permutation(len(steps_of_window))])
     return np.concatenate(plan)
+
+
+def deal(rows, batch):
+    """(n,) row numbers in order -> (n / batch, batch): each step takes the next ones, but of copies
+    of a row, as small sources need them, only one: the others change places with rows of the
+    nearest steps that have none."""
+    steps = rows.reshape(-1, batch)
+    if len(np.unique(rows)) == len(rows):
+        return steps
+    steps = steps.tolist()
+    for i, step in enumerate(steps):
+        for place, row in enumerate(step):
+            if row in step[:place]:
+                spread(steps, i, place)
+    return np.array(steps)
+
+
+def spread(steps, i, place):
+    """Swaps the row at a place of step i with one of the nearest step, where both are new there."""
+    row = steps[i][place]
+    for j in sorted(range(len(steps)), key=lambda j: abs(j - i)):
+        new = [k for k, other in enumerate(steps[j]) if other not in steps[i]]
+        if new and row not in steps[j]:
+            steps[i][place] = steps[j][new[0]]
+            steps[j][new[0]] = row
+            return
 
 
 class Rows(torch.utils.data.Dataset):
@@ -573,15 +769,18 @@ def to_device(batch, device):
     return moved | {"audio": {key: move(value) for key, value in batch["audio"].items()}}
 
 
-def expert_targets(experts, batch):
+def expert_targets(experts, batch, audio_embeds=None):
     """{name: (B, L, E)} z_k, the features of the frozen experts at the thinking tokens (25 Hz).
+    audio_embeds    (B, L, D) of the model's Output, which are recon's
 
     Clip by clip, unpadded: clip-wide normalisation, reflection at the ends and ALiBi depend on the
     true length. In fp32 (a GPU's convolutions: TF32): bf16 would show in their log spectra."""
     targets = {}
     lengths = batch["n_audio"]
     for name, expert in experts.items():
-        if expert.sample_rate is None:    # it hears no wave: its features come with the forward pass
+        if expert.sample_rate is None:    # recon: what the language model consumes
+            if audio_embeds is not None:
+                targets[name] = expert(audio_embeds)
             continue
         frames = [torch.zeros(0, expert.dim, device=lengths.device)]    # none in a batch of text
         for wave, n_audio in zip(batch["waves"][expert.sample_rate], lengths.tolist()):
@@ -593,18 +792,32 @@ def expert_targets(experts, batch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Corpora. assets/corpora.json describes those that are one table, and holds our prompts. A corpus is
-# a function of (root, split); it yields arguments of make_row, or why an item becomes no row.
+# Data sets as tables. assets/corpora.json describes what one trains on, as its makers lay it out,
+# assets/benchmarks.json the paper's evaluation sets as lmms-eval has them on the hub; the keys are
+# explained there.
 
+def read_descriptions(name):
+    """A file of assets -> {name: description}; one that is "like" another has what that one has."""
+    with open(os.path.join(ASSETS, name), encoding="utf-8") as file:
+        found = json.load(file)["sets"]
+    for name, spec in found.items():
+        found[name] = found.get(spec.pop("like", name)) | spec
+    return found
+
+
+CORPORA = read_descriptions("corpora.json")
+BENCHMARKS = read_descriptions("benchmarks.json")
+FAMILIES = ("General", "AIR-Bench", "Music", "Emotion", "ASR")
 with open(os.path.join(ASSETS, "corpora.json"), encoding="utf-8") as file:
-    SHIPPED = json.load(file)
-WORDINGS = SHIPPED["wordings"]    # {} is the question; the paper names its tasks, not its prompts
-CLASSES = ("emotion", "vocal_sound", "genre")    # their wordings ask for one of fixed choices
+    WORDINGS = json.load(file)["wordings"]    # of each task; {} is the question
+TASKS = {*WORDINGS, *TONES, "unlabelled"}
+CLASSES = ("emotion", "genre")    # their wordings ask for one of fixed choices
 LETTERS = string.ascii_uppercase
+SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aiff", ".aif", ".w64", ".caf")
 
 
 class LeftOut(Exception):
-    """Why an item of a corpus becomes no row, to be counted."""
+    """Why an item of a data set becomes no row, to be counted."""
 
 
 def as_list(value):
@@ -617,47 +830,82 @@ def digest(*words):
     return int.from_bytes(hashlib.md5(text).digest()[:4], "big")
 
 
-def make_row(task, response, audio=(), question="", wordings=(), choices=None,
-             choice_prompt="{} {line}", spoken="", more=None):
-    """A row of a manifest. Raises LeftOut.
+def make_rows(spec, cells, root="", audio=None):
+    """[the rows] that a description makes of an item. Raises LeftOut.
 
-    audio       where the clip may lie, whatever its ending; a path or several
-    wordings    prompts around the question, instead of the task's
-    choices     in any form that read_choices takes; the response names one of them
-    spoken      the question that the clip itself asks, for a judge
-    more        further keys"""
-    places = as_list(audio)
-    if choices is not None:
+    cells       {column: value} of the item
+    audio       its clip, where it does not lie in root"""
+    def fill(key):
+        return [text.format_map(cells) for text in as_list(spec.get(key) or ())]
+
+    task = spec["task"]
+    if spec.get("audio"):
+        found = (find_audio(os.path.join(root, place)) for place in fill("audio"))
+        audio = next(filter(None, found), None)
+        if not audio:
+            raise LeftOut("no audio file")
+    name = os.path.basename(audio or "")
+    question = next(filter(str.strip, fill("question")), "").strip()
+    wordings = spec.get("wordings") or WORDINGS[task]
+    row = {"audio": audio, "prompt": "", "response": "", "task": task}
+    choices = spec.get("options") or spec.get("choices")
+    lettered = []
+    if choices:
+        if "options" not in spec:
+            choices = (cells[choices] if isinstance(choices, str)
+                       else [cells[column] for column in choices])
         choices = read_choices(choices)
         if task in CLASSES:    # in an order of the clip's own, so that no letter is a hint
-            name = os.path.basename(places[0])
-            question = WORDINGS[task][digest(name) % len(WORDINGS[task])]
+            question = wordings[digest(name) % len(wordings)]
             choices.sort(key=lambda choice: digest(name, choice))
-        question, response = letter_choices(question, choices, response.strip(), choice_prompt)
-        task, wordings = "mcq", ["{}"]
-    clip = next(filter(None, map(find_audio, places)), None)
-    if places and not clip:
-        raise LeftOut("no audio file")
-    wordings = wordings or WORDINGS[task]
-    wording = wordings[digest(os.path.basename(clip or ""), question, response) % len(wordings)]
-    row = {"audio": clip, "prompt": wording.format(question.strip()).strip(),
-           "response": response.strip(), "task": task}
-    if not row["prompt"] or not row["response"]:
-        raise LeftOut("empty text")
-    if choices is not None:
-        row["choices"] = choices
-    if spoken:
-        row["question"] = spoken.strip()
-    for key, value in (more or {}).items():    # MMAU's "task" becomes "task_"
-        row[f"{key}_" if key in row or key in LOADED_KEYS else key] = value
-    return row
+        lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices)]
+        row |= {"task": "mcq", "choices": choices}
+    if spec.get("spoken"):
+        row["question"] = fill("spoken")[0].strip()
+    for key in ("start", "end", "seconds"):
+        if key in spec:
+            row[key] = round(float(fill(key)[0]), 3)
+    if "end" in row:
+        row["seconds"] = round(row["end"] - row["start"], 3)
+    for key, template in spec.get("keep", {}).items():
+        with contextlib.suppress(KeyError):    # older tables have fewer columns
+            row[key] = template.format_map(cells)
+
+    rows = []
+    for response in fill("response"):
+        for pattern, replacement in spec.get("clean", ()):
+            response = re.sub(pattern, replacement, response)
+        response = response.lower().strip() if spec.get("lower") else response.strip()
+        if "clean" in spec:
+            response = " ".join(response.split())
+        words = re.sub("<.*?>", "", response) if task == "asr" else response
+        if spec.get("wer") != "rows" and (not response or task == "asr"
+                                          and not re.search(r"\w", words)):
+            raise LeftOut("empty text")
+        prompt = wordings[digest(name, question, response) % len(wordings)].format(question)
+        if choices:
+            number = find_choice(response, choices, spec.get("letter"))
+            if number is not None:
+                response = lettered[number]
+            elif "rule" not in spec:    # upstream counts such a row as wrong
+                raise LeftOut("with an answer that is none of the choices")
+            prompt = question and f"{question} {' '.join(lettered)}"
+        prompt = prompt.strip()
+        if "prompt" in spec:    # as it is, with white space at its ends
+            prompt = spec["prompt"].format_map(cells | {"options": "\n".join(lettered)})
+        if not prompt:
+            raise LeftOut("empty text")
+        rows.append(row | {"prompt": prompt, "response": response})
+    return rows
 
 
 def read_choices(given):
-    """A list, {"A": text, ..}, "a|b|c", or a list in a text -> [text]; "A. text" loses its letter."""
+    """A list, {"A": text, ..}, "a|b|c", lines, or a list in a text -> [text]; "A. text" and
+    "(A) text" lose their letter. Raises LeftOut."""
     if isinstance(given, str):
         try:
-            given = ast.literal_eval(given) if given.startswith("[") else given.split("|")
+            given = (ast.literal_eval(given) if given.startswith("[")
+                     else given.strip().split("\n" if "\n" in given else "|"))
         except (ValueError, SyntaxError) as e:
             raise LeftOut("with choices that are no list") from e
     if isinstance(given, dict):
@@ -668,356 +916,335 @@ def read_choices(given):
         texts = [text[mark.end():] if mark else text for mark, text in zip(marks, texts)]
     while texts and not texts[-1]:
         texts.pop()
-    if not all(texts):    # the letters after it would change
-        raise LeftOut("with an empty choice")
+    if not all(texts) or not 2 <= len(texts) <= len(LETTERS):    # the letters after it would change
+        raise LeftOut("with an empty choice" if texts else "without choices")
     return texts
 
 
-def letter_choices(question, choices, answer, choice_prompt):
-    """-> ("Which? A. this B. that", "B. that"); the answer is a text, a letter, both, or a number
-    from 0. Raises LeftOut."""
-    if not question.strip():
-        raise LeftOut("empty text")
-    if not 2 <= len(choices) <= len(LETTERS):
-        raise LeftOut(f"with {len(choices)} choices")
-    lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices)]
-    prompt = choice_prompt.format(question, line=" ".join(lettered), lines="\n".join(lettered))
-    for form in ("{text}", "{letter}", "({letter})", "{letter}.", "{letter}. {text}",
-                 "({letter}) {text}", "{number}"):
+def find_choice(answer, choices, by_letter=False):
+    """The number of the choice that an answer names, or None: by its text, its letter, both, or a
+    number from 0; with by_letter only "B" or "(B) .."."""
+    forms = ("{text}", "{letter}", "({letter})", "{letter}.", "{letter}. {text}",
+             "({letter}) {text}", "{number}")
+    if by_letter:
+        answer = "".join(re.findall(r"^\(?([A-Z])\b", answer))
+        forms = ("{letter}",)
+    for form in forms:
         for number, (letter, text) in enumerate(zip(LETTERS, choices)):
             name = form.format(letter=letter, text=text, number=number)
             if answer.casefold() == name.casefold():
-                return prompt, lettered[number]
-    raise LeftOut("with an answer that is none of the choices")
+                return number
+    return None
 
 
 def find_audio(place):
-    """The audio file of this name, whatever its ending, or None."""
+    """A path that is a file; else the audio file of this name with another ending, in any case of
+    letters; else None. Raises LeftOut if there are several."""
+    if os.path.isfile(place):
+        return place
     folder, name = os.path.split(os.path.normpath(place))
-    return listing(folder).get(os.path.splitext(name)[0])
+    stems = (name.lower(), os.path.splitext(name)[0].lower())
+    found = next(filter(None, map(listing(folder).get, stems)), [None])
+    if len(found) > 1:
+        raise LeftOut("with several audio files of its name")
+    return found[0]
 
 
 @functools.lru_cache(1024)
 def listing(folder):
-    """{name without its ending: path} of a folder's audio files; to ask for each file is slow."""
+    """{name in small letters without its ending: [paths]} of a folder's audio files; to ask for
+    each file is slow."""
     found = {}
-    for file in os.listdir(folder) if os.path.isdir(folder) else ():
-        name, ending = os.path.splitext(file)
-        if ending in (".wav", ".flac", ".ogg", ".opus", ".mp3", ".au"):
-            found[name] = os.path.join(folder, file)
+    for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        stem, ending = os.path.splitext(file.lower())
+        if ending in SOUNDS:
+            found.setdefault(stem, []).append(os.path.join(folder, file))
     return found
-
-
-def first_of(*paths):
-    """The first path that is there, or else the first of all, for the error to name."""
-    return next(filter(os.path.exists, paths), paths[0])
 
 
 # Some tables mix Latin-1 into their UTF-8.
 codecs.register_error("latin-1", lambda e: (e.object[e.start:e.end].decode("latin-1"), e.end))
 
 
-def read_table(path, quoted=True):
-    """Yields the dicts of a JSON file, or of a header line and cells between commas, tabs, bars."""
-    if path.endswith((".json", ".jsonl")):
-        yield from json_items(path)
-        return
+def read_table(path, quoted=True, each=()):
+    """Yields the dicts of a file: of a header line and cells between commas, tabs or bars; or of
+    JSON, one a line or in an array, alone or as the "data" of an object. null is an empty text."""
     csv.field_size_limit(2 ** 24)
     with open(path, encoding="utf-8-sig", errors="latin-1", newline="") as file:
-        mark = max(",\t|", key=file.readline().count)
-        file.seek(0)
-        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        yield from csv.DictReader(file, delimiter=mark, quoting=quoting, restval="")
-
-
-def json_items(path):
-    """Yields the objects of a file: one a line, or of an array, alone or as the "data" of an
-    object. null becomes an empty text."""
-    with open(path, encoding="utf-8-sig", errors="latin-1") as file:
+        if not path.endswith((".json", ".jsonl")):
+            mark = max(",\t|", key=file.readline().count)
+            file.seek(0)
+            quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+            yield from csv.DictReader(file, delimiter=mark, quoting=quoting, restval="")
+            return
         text = file.read()
     try:
         items = json.loads(text)
-        if isinstance(items, dict):
+        if isinstance(items, dict) and not each:
             items = items.get("data", [items])
     except json.JSONDecodeError:
         items = map(json.loads, filter(str.strip, text.split("\n")))
+    for key in each:    # lists in lists; the inner object also has what is beside its list
+        items = [outer | inner for outer in ([items] if isinstance(items, dict) else items)
+                 for inner in outer[key]]
     for item in items:
         yield {key: "" if value is None else value for key, value in dict(item).items()}
 
 
-def from_table(root, split, *, task, table, response, audio=(), question=(), choices=(),
-               quoted=True, seconds=None, only=None, keep=False, spoken="", **rest):
-    """The rows of an entry of assets/corpora.json. Texts are templates of {split} and the columns;
-    of several tables and places the first that is there counts, of several questions the first that
-    is not empty; each response gives a row. keep: columns that are not used stay in the row."""
-    path = first_of(*(f"{root}/{name.format(split=split)}" for name in as_list(table)))
-    used = {*choices, *re.findall(r"{(\w+)", " ".join(as_list(response) + as_list(question)))}
-    for cells in read_table(path, quoted):
-        if only and not re.match(only[split], cells["task_name"]):
-            continue
-
-        def fill(templates):
-            return [text.format_map(cells | {"split": split}) for text in as_list(templates)]
-
-        more = {key: cells[key] for key in cells if key not in used} if keep else {}
-        if seconds:
-            more["seconds"] = round(float(fill(seconds)[0]), 3)
-        options = [cells.get(name, "") for name in choices] or [None]
-        for text in fill(response):
-            yield rest | {
-                "task": task, "response": text, "more": more,
-                "audio": [f"{root}/{place}" for place in fill(audio)],
-                "question": next(filter(str.strip, fill(question)), ""),
-                "choices": options if len(options) > 1 else options[0],
-                "spoken": fill(spoken)[0]}
-
-
-def librispeech(root, split):
-    """ROOT/SPLIT/SPEAKER/CHAPTER/*.trans.txt, lines "ID TEXT", and ID.flac beside it"""
-    folder = first_of(f"{root}/{split}", f"{root}/LibriSpeech/{split}")
-    for path in sorted(glob.glob(f"{glob.escape(folder)}/*/*/*.trans.txt")):
-        for line in open(path, encoding="utf-8"):
-            name, text = line.split(" ", 1)
-            # All in capitals, which say nothing.
-            yield dict(task="asr", response=text.lower(), audio=f"{os.path.dirname(path)}/{name}.flac")
-
-
-def gigaspeech(root, split):
-    """ROOT/GigaSpeech.json with audios and their segments, and audio in ROOT/audio; SPLIT is a
-    subset: XL, L, M, S, XS, DEV, TEST"""
-    with open(f"{root}/GigaSpeech.json", encoding="utf-8") as file:
-        audios = json.load(file)["audios"]    # one object for 10,000 hours: many GB of memory
-    marks = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
-    for audio in audios:
-        for segment in audio["segments"]:
-            if f"{{{split}}}" not in segment["subsets"]:
+def corpus_items(spec, root, split):
+    """Yields {column: value} of the items of a corpus, or why one becomes no row."""
+    as_named = spec.get("split_names", {}).get(split, split)
+    tables = [f"{root}/{table.replace('{split}', as_named)}" for table in as_list(spec["table"])]
+    paths = next(filter(None, map(glob.glob, tables)), None)
+    if not paths:
+        raise InputError(f"no file '{tables[0]}'")
+    for path in sorted(paths):
+        if "line" in spec:
+            with open(path, encoding="utf-8", errors="latin-1") as file:
+                lines = re.finditer(spec["line"].replace("{split}", as_named), file.read(), re.M)
+            items = (line.groupdict() for line in lines)
+        elif "files" in spec:
+            items = [{"file": os.path.relpath(path, root)}] * path.lower().endswith(SOUNDS)
+        else:
+            items = read_table(path, spec.get("quoted", True), spec.get("each", ()))
+        column, pattern = spec.get("only", ("", ""))
+        for cells in items:
+            if not re.search(pattern.replace("{split}", split), str(cells.get(column))):
                 continue
-            text = re.sub("<(MUSIC|NOISE|SIL|OTHER)>", "", segment["text_tn"])    # appendix B
-            for tag, mark in marks.items():
-                text = re.sub(rf"\s*{tag}", mark, text)
-            if not re.search(r"\w", text):
-                yield "nothing but tags"
-                continue
-            start, end = segment["begin_time"], segment["end_time"]
-            yield dict(task="asr", response=" ".join(text.lower().split()),
-                       audio=f"{root}/{audio['path']}",
-                       more={"start": start, "end": end, "seconds": round(end - start, 3)})
+            cells |= {"split": split, "folder": os.path.relpath(os.path.dirname(path), root)}
+            parsed = {column: re.search(form, cells[column], re.S)
+                      for column, form in spec.get("parse", {}).items()}
+            odd = [column for column, found in parsed.items() if not found]
+            for found in parsed.values():
+                cells |= found.groupdict() if found else {}
+            for column, names in spec.get("names", {}).items():
+                if cells[column] not in names:
+                    odd.append(f"{column} {cells[column]}")
+                cells[column] = names.get(cells[column])
+            yield f"of another {odd[0]}" if odd else cells
 
 
-def iemocap(root, split):
-    """ROOT/SessionN/dialog/EmoEvaluation/DIALOG.txt, and audio in
-    ROOT/SessionN/sentences/wav/DIALOG; SPLIT is train (sessions 1 to 4) or test (session 5)"""
-    # The usual four; there are others.
-    labels = {"ang": "angry", "hap": "happy", "exc": "happy", "sad": "sad", "neu": "neutral"}
-    for session in {"train": (1, 2, 3, 4), "test": (5,)}[split]:
-        folder = f"{root}/Session{session}"
-        for path in sorted(glob.glob(f"{glob.escape(folder)}/dialog/EmoEvaluation/Ses*.txt")):
-            text = open(path, encoding="utf-8", errors="latin-1").read()
-            turns = re.findall(r"^\[([\d.]+) - ([\d.]+)\]\t(\w+)\t(\w+)\t", text, re.M)
-            for start, end, turn, label in turns:
-                if label not in labels:
-                    yield f"of emotion {label}"
-                    continue
-                dialog, number = turn.rsplit("_", 1)    # number: F000, M000 ..
-                yield dict(task="emotion", response=labels[label], choices=set(labels.values()),
-                           audio=f"{folder}/sentences/wav/{dialog}/{turn}.wav",
-                           more={"seconds": round(float(end) - float(start), 3),
-                                 "speaker": f"Ses{session:02}{number[0]}", "recording": dialog})
+def open_dataset(place, config=None, split=None, revision=None, data_files=None):
+    """A data set of the hub, a folder that save_to_disk wrote, or parquet files: one, a pattern, or
+    all in a folder whose path names config and split -> datasets.Dataset, its audio undecoded."""
+    import datasets    # takes a second
+    files = sorted(glob.glob(place))
+    if os.path.isdir(place):
+        files = sorted(glob.glob(f"{glob.escape(place)}/**/*.parquet", recursive=True))
+        for word in filter(None, (config, split)):
+            named = [path for path in files
+                     if re.search(rf"(^|[/._-]){word}([/._-]|$)", os.path.relpath(path, place))]
+            if word == split and not named and len(files) > 1:
+                raise InputError(f"'{place}' holds {len(files)} parquet files and none of the "
+                                 f"split {split}; give those you want, 'FOLDER/NAME*.parquet'")
+            files = named or files
+    if files:
+        table = datasets.load_dataset("parquet", data_files=files, split="train")
+    elif os.path.isdir(place):
+        table = datasets.load_from_disk(place)
+    else:
+        data_files = data_files and {split: data_files}
+        table = datasets.load_dataset(place, None if data_files else config, split=split,
+                                      revision=revision, data_files=data_files)
+    if isinstance(table, dict):    # of splits
+        if split not in table and len(table) > 1:
+            raise InputError(f"'{place}' has the splits {', '.join(table)}; choose one")
+        table = table[split if split in table else next(iter(table))]
+    for name, kind in table.features.items():
+        if isinstance(kind, datasets.Audio) or isinstance(kind, dict) and "bytes" in kind:
+            table = table.cast_column(name, datasets.Audio(decode=False))
+    return table
 
 
-def iemocap_qa(root, split):
-    """ROOT/SessionN as for iemocap; asks how the speaker feels, without choices"""
-    for row in iemocap(root, split):
-        change = {"task": "qa", "choices": None, "wordings": WORDINGS["emotion"]}
-        yield row if isinstance(row, str) else row | change
+class Benchmark(Source):
+    """An evaluation set: NAME from the hub, NAME@REVISION, or NAME=PLACE, where files of the same
+    columns lie, see open_dataset, or the makers' folder.
 
+    A row has, beside what a manifest has: benchmark, family, max_new_tokens; rule and wer where
+    upstream has one; prompt_is_ours."""
 
-def meld(root, split):
-    """ROOT/SPLIT_sent_emo.csv and ROOT/train_splits, dev_splits_complete,
-    output_repeated_splits_test (or both in ROOT/SPLIT), and beside each of their .mp4 its sound:
-    ffmpeg -i dia0_utt0.mp4 dia0_utt0.wav"""
-    emotions = ["neutral", "joy", "sadness", "anger", "surprise", "fear", "disgust"]
-    folder = {"train": "train_splits", "dev": "dev_splits_complete",
-              "test": "output_repeated_splits_test"}[split]
-    folder = first_of(f"{root}/{folder}", f"{root}/{split}/{folder}")
-    table = first_of(f"{root}/{split}_sent_emo.csv", f"{root}/{split}/{split}_sent_emo.csv")
-    for cells in read_table(table):
-        name = f"dia{cells['Dialogue_ID']}_utt{cells['Utterance_ID']}.wav"
-        yield dict(task="emotion", response=cells["Emotion"], choices=emotions,
-                   audio=f"{folder}/{name}")
+    def __init__(self, text):
+        self.name, revision, place = re.fullmatch(r"([^@=]+)(?:@([^=]+)|=(.+))?", text).groups()
+        spec = BENCHMARKS[self.name]
+        corpus = CORPORA.get(spec.get("corpus"))
+        hub = spec.get("hub")
+        revision = revision or spec.get("revision")
+        if not place and not hub:
+            raise InputError(f"{self.name} is on no hub; give its makers' folder, "
+                             f"{self.name}=ROOT: {layout_of(spec['corpus'])}")
+        self.table = None    # datasets.Dataset
+        self.column = spec.get("clip", "audio")
+        self.origin = place or f"{hub}, {spec['split']}, revision {revision or 'newest'}"
+        if corpus and os.path.isdir(place or "") and not glob.glob(f"{place}/*.arrow"):
+            found = corpus_items(corpus, place, spec["split"])
+            items = [cells for cells in found if not isinstance(cells, str)]
+            spec = corpus | spec | {"response": corpus["response"]}
+        else:
+            self.table = open_dataset(place or hub, spec.get("config"), spec["split"], revision,
+                                      spec.get("data_files"))
+            if self.column not in self.table.column_names:
+                raise InputError(f"{self.origin} has no column '{self.column}', but "
+                                 f"{', '.join(self.table.column_names)}")
+            items = self.table.remove_columns(self.column)
+        kept = ("family", "max_new_tokens", "rule", "wer", "prompt_is_ours")
+        common = {"benchmark": self.name} | {key: spec[key] for key in kept if key in spec}
+        self.rows = []
+        self.left_out = []
+        for i, cells in enumerate(items):
+            label = f"{self.name}:{i}"
+            try:
+                self.rows += make_rows(spec, cells, place, label)
+            except LeftOut as e:
+                self.rows.append({"audio": label})
+                self.left_out.append((i, InputError(f"{label}: {e}")))
+            except KeyError as e:
+                raise InputError(f"{self.origin} has no column {e}") from e
+            self.rows[i] |= common
+        self.tasks = Counter(row["task"] for row in self.rows if "task" in row)
+        self.stated = np.full(len(self.rows), math.nan)
+        self.stated[[i for i, _ in self.left_out]] = 0
+        self.ours = "; the prompt is ours" * spec.get("prompt_is_ours", False)
 
+    def __len__(self):
+        return len(self.rows)
 
-def librisqa(root, split):
-    """ROOT/LibriSQA-PartI/LibriSQA-PartI-train.json and the like, and LibriSpeech's train-clean-360
-    and test-clean in ROOT/LibriSpeech"""
-    part, kind = split.split("-")
-    folder = f"{root}/LibriSpeech/{'train-clean-360' if kind == 'train' else 'test-clean'}"
-    options = "".join(rf"\s+{letter}[.):]\s*(.*?)" for letter in "ABCD")
-    for item in json_items(f"{root}/LibriSQA-{part}/LibriSQA-{split}.json"):
-        name = os.path.splitext(os.path.basename(item["speech_path"]))[0]
-        speaker_and_chapter = "/".join(name.split("-")[:2])    # the name: SPEAKER-CHAPTER-NUMBER
-        row = dict(audio=f"{folder}/{speaker_and_chapter}/{name}.flac",
-                   more={"seconds": round(float(item["duration"]), 3)})
-        if part == "PartI":
-            yield row | dict(task="qa", question=item["question"], response=item["answer"])
-            continue
-        parts = re.match(rf"(.*\S){options}\s*$", item["question_and_option"], re.S)
-        if not parts:
-            yield "without options A to D and the letter of one"
-            continue
-        question, *choices = (" ".join(part.split()) for part in parts.groups())
-        # Their order stays: some say "all of the above".
-        yield row | dict(task="mcq", question=question, choices=choices,
-                         response=item["answer"].strip()[:1])
+    def __getitem__(self, i):
+        return dict(self.rows[i])
 
+    def clip(self, i, row):
+        if self.table is None:
+            return row["audio"]
+        cell = self.table[int(i)][self.column]
+        return cell["bytes"] or cell["path"]
 
-def switchboard(root, split):
-    """ROOT/reference/hub5e00.english.000405.stm and a wav for each side, ROOT/wav/sw_4390-A.wav
-    (of the makers' sph: sph2pipe -f wav -p -c 1); SPLIT is eval2000 or its half swbd or callhome"""
-    starts = {"eval2000": ("sw_", "en_"), "swbd": "sw_", "callhome": "en_"}[split]
-    for line in open(f"{root}/reference/hub5e00.english.000405.stm", encoding="latin-1"):
-        if not line.startswith(starts):
-            continue
-        if "IGNORE_TIME_SEGMENT" in line:
-            yield "not to be scored"
-            continue
-        name, side, speaker, start, end, _, *words = line.split()
-        start, end = float(start), float(end)
-        # Without hesitations and fragments, which stand in parentheses and are not scored.
-        text = re.sub(r"\(+[^()]*\)+|<\w+>", " ", " ".join(words)).lower()
-        yield dict(task="asr", response=" ".join(text.split()),
-                   audio=f"{root}/wav/{name}-{side}.wav",
-                   more={"start": start, "end": end, "seconds": round(end - start, 3),
-                         "speaker": speaker})
-
-
-def vocalsound(root, split):
-    """ROOT/datafiles/SPLIT.json (tr, val, te) with data, wav, and audio in ROOT/audio_16k or
-    ROOT/audio_44k: f0003_0_cough.wav"""
-    sounds = ["laughter", "sigh", "cough", "throat clearing", "sneeze", "sniff"]
-    for item in json_items(f"{root}/datafiles/{split}.json"):
-        name = os.path.basename(item["wav"])
-        speaker, _, sound = os.path.splitext(name)[0].split("_")
-        yield dict(task="vocal_sound", response=sound.replace("throatc", "throat c"), choices=sounds,
-                   audio=[f"{root}/audio_16k/{name}", f"{root}/audio_44k/{name}"],
-                   more={"speaker": speaker})
-
-
-def gtzan(root, split):
-    """ROOT/genres/GENRE/GENRE.00000.wav (or .au), or the same in ROOT/genres_original"""
-    genres = ["blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae",
-              "rock"]
-    folder = first_of(f"{root}/genres", f"{root}/genres_original")
-    for genre in genres:
-        for path in sorted(listing(f"{folder}/{genre}").values()):
-            yield dict(task="genre", response=genre, choices=genres, audio=path)
-
-
-def muchomusic(root, split):
-    """ROOT/data/muchomusic.csv, and audio where the makers' scripts look for it:
-    ROOT/data/sdd/audio/00/415600.2min.mp3, ROOT/data/musiccaps/audio/[YTID]-[30-40].wav; a row has
-    instrument_family where music_knowledge names instrumentation and the answer one family"""
-    clips = f"{root}/data/musiccaps/audio"
-    for cells in read_table(f"{root}/data/muchomusic.csv"):
-        name = cells["dataset_identifier"].removesuffix(".json")
-        start = f"[{name.rpartition('_')[0]}]-["
-        audio = [path for clip, path in listing(clips).items() if clip.startswith(start)]
-        if cells["dataset"] == "sdd":
-            audio = f"{root}/data/sdd/audio/{int(name) % 100:02}/{name}.2min.mp3"
-        answer = cells["correct_answer"]
-        choices = [answer, *(cells[f"distractor_{k}_answer"] for k in (1, 2, 3))]
-        choices.sort(key=lambda choice: digest(name, cells["question"], choice))
-
-        keys = ("dataset", "genre", "music_knowledge", "music_reasoning")
-        more = {key: cells[key] for key in keys}
-        families = [family for family, names in SHIPPED["instrument_families"].items()
-                    if re.search(rf"\b({names})s?\b", answer, re.I)]
-        if "instrument" in more["music_knowledge"].lower() and len(families) == 1:
-            more["instrument_family"] = families[0]
-        yield dict(task="mcq", response=answer, audio=audio or f"{clips}/{start}", choices=choices,
-                   question=cells["question"], more=more,
-                   choice_prompt=SHIPPED["tables"]["mmau"]["choice_prompt"])
-
-
-CORPORA = {    # name: (corpus, the splits to train on, of a benchmark those to score)
-    "librispeech": (librispeech, ["train-clean-100", "train-clean-360", "train-other-500"]),
-    "gigaspeech": (gigaspeech, ["XL"]),
-    "switchboard": (switchboard, ["eval2000"]),
-    "iemocap": (iemocap, ["train"]),
-    "iemocap_qa": (iemocap_qa, ["train"]),
-    "meld": (meld, ["train"]),
-    "librisqa": (librisqa, ["PartI-train", "PartII-train"]),
-    "librisqa_part1": (librisqa, ["PartI-train"]),
-    "librisqa_part2": (librisqa, ["PartII-train"]),
-    "vocalsound": (vocalsound, ["te"]),
-    "gtzan": (gtzan, ["all"]),
-    "muchomusic": (muchomusic, ["all"]),
-}
-for name, entry in SHIPPED["tables"].items():
-    splits = entry.pop("splits")
-    CORPORA[name] = (functools.partial(from_table, **entry), splits)
+    @property
+    def about(self):
+        return f"{self.name} from {self.origin}: {super().about}{self.ours}"
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line
+# The command line. What can be converted yields arguments of make_rows, or why there is no row.
 
-def layout_of(corpus):
+def layout_of(name):
     """Where the files of a corpus have to lie, in words."""
-    if not isinstance(corpus, functools.partial):
-        return " ".join(corpus.__doc__.split())
-    entry = corpus.keywords
-    texts = " or ".join(f"ROOT/{name}" for name in as_list(entry["table"]))
-    audio = " or ".join(f"ROOT/{place}" for place in as_list(entry.get("audio", ())))
-    return f"{texts} with {entry['response']}, audio {audio or 'none'}"
+    spec = CORPORA[name]
+    table, audio = (" or ".join(f"ROOT/{place}" for place in as_list(spec.get(key, ())))
+                    for key in ("table", "audio"))
+    return f"{name} has to lie as {table}, audio {audio or 'none'}; {spec.get('about', '')}"
 
 
-def any_table(root, split, args):
-    """Rows of the table of the flags, which name its columns."""
-    if args.choices and not args.prompt:
-        raise InputError("--choices needs --prompt, the column with the questions")
-    if not args.prompt and (not args.audio or any("{}" in text for text in WORDINGS[args.task])):
-        raise InputError("give --prompt, the column with the questions; or --audio and a --task "
-                         "with prompts of ours, such as asr or caption")
-    for cells in read_table(os.path.abspath(args.root)):
-        texts = [cells[name] for name in (args.response, args.prompt, args.audio) if name]
+def any_corpus(args):
+    for split in args.split or CORPORA[args.name]["splits"]:
+        for cells in corpus_items(CORPORA[args.name], os.path.abspath(args.root), split):
+            yield cells if isinstance(cells, str) else (CORPORA[args.name], cells,
+                                                        os.path.abspath(args.root))
+
+
+def any_table(args):
+    """The flags name the columns."""
+    labels = {}
+    if args.name == "hub":
+        table = open_dataset(args.root, args.config, *args.split or [None])
+        labels = {name: kind.names for name, kind in table.features.items()
+                  if hasattr(kind, "names")}    # stored as numbers
+        os.makedirs(args.clips, exist_ok=True)
+    else:
+        table = read_table(args.root)
+    spec = {"task": args.task, "response": "{response}", "choices": args.choices and "choices",
+            "keep": {f"{name}_" if name in {*KINDS, *LOADED_KEYS} else name: f"{{kept{i}}}"
+                     for i, name in enumerate(args.keep)}}
+    for i, cells in enumerate(table):
+        prompt = args.prompt or ("prompt" if "prompt" in cells and not args.question else None)
+        audio = args.audio or ("audio" if "audio" in cells else None)
+        if prompt or args.question:
+            spec |= {"question": "{question}", "wordings": ["{}"]}
+        elif args.choices or not audio or any("{}" in text for text in WORDINGS[args.task]):
+            raise InputError("give --prompt COLUMN or --question TEXT; or --audio COLUMN and a "
+                             "--task with prompts of ours, such as asr or caption")
+        for name, names in labels.items():
+            cells[name] = names[cells[name]]
+        used = {"response": cells[args.response],
+                "question": cells[prompt] if prompt else (args.question or "").format_map(cells)}
         if None in cells:    # where csv puts cells beyond the header's
             yield "with more cells than columns (quote text with commas)"
-        elif any(isinstance(text, (list, dict)) for text in texts):
-            yield "with a list or an object where a text belongs"
+        elif any(isinstance(text, (list, dict, type(None))) for text in used.values()):
+            yield "with no text where one belongs"
         else:
-            yield dict(task=args.task, response=str(cells[args.response]),
-                       audio=f"{root}/{cells[args.audio]}" if args.audio else (),
-                       question=str(cells[args.prompt]) if args.prompt else "",
-                       wordings=["{}"] if args.prompt else (),
-                       choices=cells[args.choices] if args.choices else None,
-                       more={name: cells[name] for name in args.keep})
+            used |= {f"kept{k}": cells[name] for k, name in enumerate(args.keep)}
+            used["choices"] = cells[args.choices] if args.choices else None
+            clip = cells[audio] if audio else None
+            if isinstance(clip, dict):
+                clip = save_clip(clip, os.path.abspath(f"{args.clips}/{i:07}"))
+            yield (spec | {"audio": "{clip}" * bool(audio)}, used | {"clip": clip},
+                   os.path.dirname(os.path.abspath(args.root)))
 
 
-def any_messages(root, split, args):
-    """Conversations of one question about one clip at most and one answer: "messages" or
-    "conversations" of texts, "query" and "response", or "instruction", "input" and "output", and
-    "audios" beside them"""
-    for item in json_items(os.path.abspath(args.root)):
-        turns = item.get("messages") or item.get("conversations") or []
-        texts = [str(turn.get("content") or turn.get("value")) for turn in turns] or [
-            item.get("query") or f"{item.get('instruction')}\n{item.get('input')}",
+def save_clip(cell, stem):
+    """Writes a clip of a data set as it is stored -> its path."""
+    if not cell["bytes"]:
+        return cell["path"]
+    ending = os.path.splitext(cell["path"] or "")[1]
+    path = stem + (ending or f".{open_sound(cell['bytes']).format.lower()}")
+    with open(path, "wb") as file:
+        file.write(cell["bytes"])
+    return path
+
+
+CLIP_KEYS = ("audios", "audio", "sounds", "sound", "audio_url", "path", "url")
+MARK = re.compile(r"<\|?(audio|sound|speech|music|voice)\w*\|?>", re.I)    # of a clip in a text
+
+
+def clips_of(value):
+    """Paths in a value of a conversation: a text, a list, or a part such as {"audio": path}."""
+    if isinstance(value, dict):
+        value = [value[key] for key in CLIP_KEYS if value.get(key)]
+    if isinstance(value, list):
+        return [clip for part in value for clip in clips_of(part)]
+    return [str(value)] if value else []
+
+
+def any_messages(args):
+    """Conversations: "messages" or "conversations", "query" and "response", or "instruction",
+    "input" and "output"; the clip in "audios", "audio", "sound" or a part of the question."""
+    spec = {"task": args.task, "question": "{question}", "response": "{response}",
+            "wordings": ["{}"]}
+    for item in read_table(args.root):
+        turns = item.get("messages") or item.get("conversations") or [
+            item.get("query") or f"{item.get('instruction', '')}\n{item.get('input', '')}",
             item.get("response") or item.get("output")]
-        clips = item.get("audios") or item.get("audio") or []
-        clips = as_list(clips)
-        if len(texts) != 2 or len(clips) > 1 or item.get("system") or item.get("history"):
-            yield "not of one question about one clip at most and one answer"
-            continue
-        yield dict(task=args.task, response=texts[1], question=texts[0].replace("<audio>", ""),
-                   wordings=["{}"], audio=[os.path.join(root, clip) for clip in clips])
+        turns = [turn.get("content") or turn.get("value") if isinstance(turn, dict) else turn
+                 for turn in turns]
+        parts = [[part if isinstance(part, dict) else {"text": part} for part in as_list(turn or "")]
+                 for turn in turns]
+        texts = ["\n".join(part.get("text") or "" for part in turn).strip() for turn in parts]
+        clips = clips_of({key: item[key] for key in CLIP_KEYS if key in item}) or clips_of(
+            [part for turn in parts[:1] for part in turn])
+        marks = MARK.findall(texts[0]) if texts else []
+        other = [key for key, value in item.items() if isinstance(value, str)
+                 and key not in CLIP_KEYS and value.lower().endswith(SOUNDS)]
+        if len(texts) != 2 or item.get("system") or item.get("history"):
+            yield "not of one question and one answer"
+        elif MARK.search(texts[1]) or clips_of(parts[1]):
+            yield "with a clip in the answer"
+        elif len(clips) > 1 or len(marks) > 1:
+            yield "with several clips"
+        elif not clips and (other or marks):
+            yield f"with a clip that is not under \"audio\" but {other or 'nowhere'}"
+        else:
+            yield (spec | {"audio": "{clip}" * len(clips)},
+                   {"question": MARK.sub("", texts[0]), "response": texts[1], "clip": clips[:1]
+                    and clips[0]}, os.path.dirname(os.path.abspath(args.root)))
+
+
+ANY = {"csv": any_table, "json": any_table, "hub": any_table, "messages": any_messages}
 
 
 def pitch_class_of(row):
     """The pitch class with most notes in a clip by basic-pitch: the sum over time of its note
     posteriorgram where that is above 0.5. None without a note. Raises InputError."""
-    from experts import load
-    teacher = load("pitch")
+    expert = load("pitch")
     wave, rate = read_audio(row["audio"], row.get("start"), row.get("end"))
-    _, notes, _ = teacher.notes(at_rate(wave, rate, teacher.sample_rate))    # (F, 88) from A0
+    notes = expert.notes(at_rate(wave, rate, expert.sample_rate))    # (F, 88) from A0
     strengths = torch.where(notes > 0.5, notes, 0).sum(0)
     by_class = torch.zeros(12).index_add(0, (torch.arange(88) + 9) % 12, strengths)
     return PITCH_CLASSES[by_class.argmax()] if by_class.any() else None
@@ -1025,38 +1252,25 @@ def pitch_class_of(row):
 
 def convert(args):
     """Rows to stdout; to stderr how many, and how many were left out and why."""
-    root = os.path.abspath(args.root)
-    if args.name in ANY_FILE:
-        corpus = functools.partial(ANY_FILE[args.name], args=args)
-        splits, layout = ["all"], " ".join(ANY_FILE[args.name].__doc__.split())
-        root = os.path.dirname(root)    # the audio lies relative to the table
-        if not os.path.isfile(args.root):
-            raise InputError(f"no file '{args.root}'; give the table itself")
-    else:
-        corpus, splits = CORPORA[args.name]
-        layout = f"{args.name} has to lie as {layout_of(corpus)}"
-    if args.split and splits == ["all"]:
-        raise InputError(f"{args.name} has no splits; leave --split out; {layout}")
+    layout = "see python data.py convert -h" if args.name in ANY else layout_of(args.name)
     written = 0
     left_out = Counter()
     try:
-        for split in args.split or splits:
-            for found in corpus(root, split):
-                try:
-                    if isinstance(found, str):
-                        raise LeftOut(found)
-                    row = make_row(**found)
+        for found in ANY.get(args.name, any_corpus)(args):
+            try:
+                if isinstance(found, str):
+                    raise LeftOut(found)
+                for row in make_rows(*found):
                     if args.pitch_class:
                         row["pitch_class"] = pitch_class_of(row)
                     line = json.dumps(row, ensure_ascii=False)
                     parse_row(line.encode(), "that training would refuse")
-                except (LeftOut, InputError, UnicodeError) as e:
-                    left_out[str(e)] += 1
-                else:
                     print(line)
                     written += 1
-    except (OSError, LookupError, ValueError, TypeError, csv.Error) as e:
-        if isinstance(e, InputError):
+            except (LeftOut, InputError, UnicodeError) as e:
+                left_out[str(e)] += 1
+    except (OSError, LookupError, TypeError, ValueError) as e:
+        if isinstance(e, InputError) and args.name in ANY:
             raise
         raise InputError(f"'{args.root}': {type(e).__name__} {e}; {layout}") from e
     reasons = "".join(f", {n} {reason}" for reason, n in left_out.most_common())
@@ -1065,26 +1279,20 @@ def convert(args):
         raise InputError(f"no rows in '{args.root}'; {layout}")
 
 
-ANY_FILE = {"csv": any_table, "json": any_table, "messages": any_messages}
-
-
 def check(args):
-    """Prints what a manifest or mixture holds, and what training would skip -> whether any."""
+    """Prints what a source holds, and what training would skip -> whether any."""
     source = open_source(args.path)
-    if not source.files:
-        raise InputError(f"'{args.path}' has no file; give rows.jsonl or mixture.json")
     skipped = dict(source.skipped)
-    rates = {expert.sample_rate for expert in EXPERTS.values()}
+    rates = {expert.sample_rate for expert in EXPERTS.values()} - {None}
     spec = load_coat("tiny").spec
     for i in set(range(len(source))) - set(skipped) if not args.quick else ():
         _, problems = collate([Rows(source)[i]], spec, rates)
         skipped |= {i: problem for problem in problems}
-    tasks = ", ".join(f"{n} {task}" for task, n in source.tasks.items())
-    print(f"{len(source)} rows, {source.lengths.sum() / 3600:.3f} h, {tasks}")
+    print(source.about)
     print(f"{len(skipped)} would be skipped{', by headers and stated lengths' * args.quick}")
     for i, problem in sorted(skipped.items())[:20]:
-        k = np.searchsorted(source.first, i, side="right") - 1
-        print(f"  {source.paths[k]}, row {i - source.first[k]}: {problem}")
+        where = "{1}, row {2}".format(*source.where(i)) if source.files else f"row {i}"
+        print(f"  {where}: {problem}")
     if isinstance(source, Mixture):
         print(f"a stage of {source.stage_rows} rows:")
         print("\n".join(source.report(source.stage_rows)))
@@ -1095,27 +1303,30 @@ def parse_flags():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("check", help="what a manifest or a mixture holds")
+    p = commands.add_parser("check", help="what rows, a mixture or a benchmark hold")
     p.set_defaults(run=check)
-    p.add_argument("path", help="rows.jsonl or mixture.json")
+    p.add_argument("path", help="rows.jsonl, mixture.json, or a benchmark")
     p.add_argument("--quick", action="store_true", help="believe headers, decode nothing")
 
-    layouts = "\n".join(f"{name}: {layout_of(corpus)}" for name, (corpus, _) in CORPORA.items())
-    p = commands.add_parser("convert", help="the rows of a corpus or benchmark",
-                            formatter_class=raw, epilog=layouts)
+    p = commands.add_parser("convert", help="the rows of a corpus or data set", formatter_class=raw,
+                            epilog="\n".join(map(layout_of, CORPORA)))
     p.set_defaults(run=convert)
     add = p.add_argument
-    add("name", choices=[*CORPORA, *ANY_FILE], metavar="NAME", help="see below; csv, json: any "
-        "table; messages: conversations")
-    add("root", metavar="ROOT", help="the folder of the corpus; for csv, json, messages the file")
-    add("--split", nargs="+", help="instead of those to train on or to score")
+    add("name", choices=[*CORPORA, *ANY], metavar="NAME", help="see below; csv, json: any table; "
+        "messages: conversations; hub: any data set of the hub, save_to_disk or parquet")
+    add("root", metavar="ROOT", help="folder of the corpus; the file; the name of the data set")
+    add("--split", nargs="+", help="instead of those to train on")
     add("--pitch-class", action="store_true", help="add each clip's dominant pitch class")
-    add("--audio", help="csv, json: the column with audio files (none: text only)")
-    add("--prompt", help="csv, json: with prompts (none: our wordings of a --task such as asr)")
-    add("--response", default="response", help="csv, json: with responses (%(default)s)")
-    add("--choices", help='csv, json: with choices, "a|b|c" or a list')
-    add("--keep", nargs="+", default=[], metavar="COLUMN", help="csv, json: further keys")
-    add("--task", default="qa", choices=[t for t in WORDINGS if t not in CLASSES])
+    add("--audio", help="csv, json, hub: column with the clips (audio, if there; none: text only)")
+    add("--prompt", help="column with the questions (prompt, if there)")
+    add("--question", help='instead: one for all rows; may name columns, "Is it {name}?"')
+    add("--response", default="response", help="column with the answers (%(default)s)")
+    add("--choices", help='column with choices, "a|b|c" or a list')
+    add("--keep", nargs="+", default=[], metavar="COLUMN", help="further keys of the rows")
+    add("--task", default="qa", choices=[task for task in WORDINGS if task not in CLASSES],
+        help="of the rows; without questions of yours, of our prompts (%(default)s)")
+    add("--config", help="hub: configuration of the data set")
+    add("--clips", default="clips", metavar="FOLDER", help="hub: for the clips (%(default)s)")
     return parser.parse_args()
 
 

@@ -1,28 +1,22 @@
-"""The frozen teachers of CoAT in plain PyTorch, read from the official checkpoints.
+"""The five frozen experts of CoAT in plain PyTorch, read from their official checkpoints.
 
-speech: SpidR; sound: PANNs Cnn14_DecisionLevelMax; affect: emotion2vec; pitch: basic-pitch.
-
-    python experts.py --check    # what is here, what is missing, seconds per clip
-    python experts.py --check --expert-speech spidr_base.pt    # the same with a file of yours
+    python experts.py --check    # fetches what is missing, loads it and times it
+    python experts.py --check --expert-speech spidr_base.pt    # with a file of yours
 
     >>> import experts, torch, torchaudio
-    >>> expert = experts.load("pitch")
+    >>> expert = experts.load("sound", random=True)    # not random: fetched once, 330 MB
     >>> rate = 16000    # Hz
-    >>> wave = 0.1 * torch.randn(rate)    # (N,) float32: 1 s of noise
+    >>> wave = 0.1 * torch.randn(rate)    # (N,) float32 in [-1, 1]: 1 s of noise
     >>> wave = torchaudio.functional.resample(wave, rate, expert.sample_rate)
     >>> z = expert(wave)    # (F, E), expert.frame_rate a second
     >>> n = 25 * len(wave) // expert.sample_rate    # tokens, 25 a second
     >>> z = experts.resample_frames(z, n, expert.frame_rate, expert.offset)    # (n, E)
 
-A wave does not tell its rate: at any other than expert.sample_rate (22050 Hz for pitch, 32000 for
-sound, else 16000) the teacher hears it faster or slower, and says nothing.
+Resample first, as here: at another rate than its own an expert hears the clip faster or slower.
 
-Needs torch (which brings filelock), numpy and, for `pitch`, the 65 kB archive in assets/.
-A further teacher is one subclass of Expert and one row of EXPERTS.
-SpidR's weights are CC BY-NC 4.0: non-commercial use only.
-
-Constants of a network are those of its authors' repository, its `source`.
-Shapes: B batch, N samples, F frames, E teacher dim, D hidden, H heads.
+This file can be copied alone; `pitch` also needs assets/basic_pitch_icassp2022.npz (65 kB). A
+further expert is one subclass of Expert and one row of EXPERTS. Constants of a network are those of
+its authors' repository. Shapes: B batch, N samples, F frames, E expert dim, D hidden, H heads.
 """
 import argparse
 import math
@@ -41,17 +35,12 @@ from torch.nn import functional as F
 # Audio tokens, and thinking tokens, per second (paper, appendix A). It stands in model.py too, so
 # that this file can be copied alone.
 TOKEN_RATE = 25
-
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # where checkpoints keep their tensors
-
-
-class ExpertUnavailable(RuntimeError):
-    """A teacher's weights are missing, damaged or another's; the message says what to do."""
+LOUDEST = 8.0    # of a sample. In [-1, 1] they are; mp3 and resampling overshoot, int16 is far off
 
 
 def resample_frames(z, n, frame_rate, offset):
-    """Teacher frames (F, E) -> (n, E) at 25 Hz. Row i is the mean of the frames centred in
-    [i/25, (i+1)/25) s or, if there is none (slow teachers, edges), the one nearest its middle.
+    """Frames of an expert (F, E) -> (n, E) at 25 Hz. Row i is the mean of the frames centred in
+    [i/25, (i+1)/25) s or, if there is none (slow experts, edges), the one nearest its middle.
 
     offset: centre of frame 0 in seconds. Sums run in float64, so a constant stays exactly that."""
     tokens = torch.arange(n, dtype=torch.float64, device=z.device)
@@ -72,7 +61,7 @@ def resample_frames(z, n, frame_rate, offset):
 
 def unwrap(checkpoint):
     """{official name: tensor} of a checkpoint, however nested and prefixed."""
-    for key in WRAPPERS:
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):
             return unwrap(checkpoint[key])
     return {key.removeprefix("module."): torch.as_tensor(value) for key, value in checkpoint.items()
@@ -80,8 +69,8 @@ def unwrap(checkpoint):
 
 
 class Expert(nn.Module):
-    """A frozen teacher. A subclass sets these and gives features(wave (N,)) -> (F, E)."""
-    sample_rate = None      # Hz
+    """A frozen expert. A subclass sets these and gives features(wave (N,)) -> (F, E)."""
+    sample_rate = None      # Hz; None: it hears no wave
     frame_rate = None       # Hz
     offset = 0.0            # s: frame j is centred on offset + j / frame_rate
     dim = None              # E
@@ -92,8 +81,6 @@ class Expert(nn.Module):
     filename = None         # of the weights; None: it has none
     url = None              # None: the weights are in assets/
     sha256 = None           # None: no digest is published
-    licence = None
-    source = None
     KEYS = ()               # (pattern, replacement)s that turn our names into the official ones
     readout = None          # or a method (.., E) -> logits through which gradients pass
 
@@ -104,21 +91,28 @@ class Expert(nn.Module):
 
     @torch.no_grad()
     def forward(self, wave):
-        """wave (N,) float32 at sample_rate -> (F, E) float32, also under autocast.
-        ValueError on another shape or type, no samples, NaN."""
+        """z = E(a): wave (N,) float32 in [-1, 1] at sample_rate -> (F, E) float32, also under
+        autocast. ValueError on another shape or type, or if the features are not finite."""
         x = self.prepare(wave)
         with torch.autocast(x.device.type, enabled=False):
-            return self.features(x)[:self.frames(len(wave))]
+            return self.finite(self.features(x)[:self.frames(len(wave))])
+
+    def finite(self, z):
+        """The features z. ValueError if they are not finite: a sum would hide that."""
+        if not z.isfinite().all():
+            raise ValueError(f"{type(self).__name__} gives NaN or infinity for this clip")
+        return z
 
     def frames(self, n):
         """The number of frames of n samples."""
         return max(1, (n + self.lead) // self.hop)
 
     def prepare(self, wave):
-        """The wave (N,) checked, on the teacher's device, standardised and padded."""
-        if wave.ndim != 1 or wave.dtype != torch.float32 or not len(wave) or wave.isnan().any():
-            raise ValueError(f"{type(self).__name__} takes a wave (N,) of float32 at "
-                             f"{self.sample_rate} Hz without NaN, not {wave.dtype} {wave.shape}")
+        """The wave (N,) checked, on the expert's device, standardised and padded."""
+        is_wave = wave.ndim == 1 and wave.dtype == torch.float32 and len(wave) > 0
+        if not is_wave or not wave.abs().max() <= LOUDEST:
+            raise ValueError(f"{type(self).__name__} takes a wave (N,) of float32 in [-1, 1] at "
+                             f"{self.sample_rate} Hz; this is {wave.dtype} {tuple(wave.shape)}")
         wave = wave.to(next(self.parameters(), wave).device)  # some have no parameters
         if self.standardise:
             wave = F.layer_norm(wave, wave.shape)
@@ -134,33 +128,37 @@ class Expert(nn.Module):
         return name
 
     @classmethod
-    def from_state_dict(cls, sd, **options):
-        """The frozen teacher from an official checkpoint. Extra keys are ignored; those that are
+    def from_state_dict(cls, sd):
+        """The frozen expert from an official checkpoint. Extra keys are ignored; those that are
         missing or misshapen are named in one ValueError."""
         sd = unwrap(sd)
         with torch.device("meta"):  # no memory, no initialisation
-            module = cls(**cls.sizes(sd), **options)
-        names = {key: module.official(key) for key in module.state_dict()
-                 if not key.endswith("num_batches_tracked")}
+            module = cls(**cls.sizes(sd))
+        ours = module.state_dict()
+        names = {key: module.official(key) for key in ours if "num_batches_tracked" not in key}
         wrong = [name for key, name in names.items()
-                 if name not in sd or sd[name].shape != module.state_dict()[key].shape]
+                 if name not in sd or sd[name].shape != ours[key].shape]
         if wrong:
-            raise ValueError(f"{cls.__name__}: {len(wrong)} of {len(names)} tensors are missing or of "
-                             f"another shape: {', '.join(wrong[:3])}")
+            raise ValueError(f"{cls.__name__}: {len(wrong)} of {len(names)} tensors are missing or "
+                             f"of another shape: {', '.join(wrong[:3])}")
         module.load_state_dict({key: sd[name].float() for key, name in names.items()}, assign=True)
         return module.freeze()
 
 
 class Recon(Expert):
-    """The backbone's own audio latents, what its language model consumes (3.3.1). They come with its
-    forward pass, `Output.audio_embeds`: there is no network here, and no wave is heard.
+    """The backbone's own audio latents, what its language model consumes (section 3.3.1). The
+    backbone's forward pass gives them, so there is no network here.
 
-    dim     width of the backbone"""
+    dim     E, width of the backbone"""
     frame_rate = TOKEN_RATE
 
     def __init__(self, dim):
         super().__init__()
         self.dim = dim
+
+    def forward(self, audio_embeds):
+        """(.., E) -> the same. ValueError if they are not finite."""
+        return self.finite(audio_embeds)
 
 
 class Block(nn.Module):
@@ -176,20 +174,18 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, x, attention, index):
-        """x (F, D) -> the block's output, and its feed-forward output before the residual."""
+        """x (F, D) -> the same; attention(qkv, index) is that of the encoder."""
         x = self.norm1(x + self.out(attention(self.qkv(x), index)))
-        feed_forward = self.down(F.gelu(self.up(x)))
-        return self.norm2(x + feed_forward), feed_forward
+        return self.norm2(x + self.down(F.gelu(self.up(x))))
 
 
 class Encoder(Expert):
     """As wav2vec 2: convolutions on the wave, convolutional positions, post-norm blocks.
 
+    prenet: how many of the blocks are called the context encoder's; depth: the other blocks.
     pos: count, kernel and groups of the positional convolutions.
     tokens: learned vectors put in front of the frames.
-    scales: rows of learned ALiBi scales; 0 no ALiBi, 1 shared by all blocks, else one per block.
-    layer: None for the last block's output, or 1.. for that block's feed-forward output before
-    its residual. ValueError if there is no such block."""
+    scales: rows of learned ALiBi scales; 0 no ALiBi, 1 shared by all blocks, else one a block."""
     sample_rate = 16000     # Hz
     frame_rate = 50.0       # Hz
     offset = 200 / 16000    # s, the middle of the 400 samples that frame 0 sees
@@ -197,21 +193,15 @@ class Encoder(Expert):
     lead = -80              # samples, hop - min_samples
     min_samples = 400
     standardise = True
-    CONVS = (               # channels in and out, kernel, stride: those of wav2vec 2
-        (1, 512, 10, 5),
-        (512, 512, 3, 2), (512, 512, 3, 2), (512, 512, 3, 2), (512, 512, 3, 2),
-        (512, 512, 2, 2), (512, 512, 2, 2),
-    )
+    # channels in and out, kernel, stride: those of wav2vec 2
+    CONVS = ((1, 512, 10, 5), *4 * [(512, 512, 3, 2)], *2 * [(512, 512, 2, 2)])
     BIAS_FLOATS = (2 ** 22, 2 ** 27)    # of ALiBi at a time: a CPU's cache; 512 MiB of a GPU
 
-    def __init__(self, dim=768, depth=12, pos=(5, 19, 16), qkv_bias=False, tokens=0, scales=0,
-                 scale_heads=12, layer=None):
+    def __init__(self, dim=768, prenet=0, depth=12, pos=(5, 19, 16), qkv_bias=False, tokens=0,
+                 scales=0):
         super().__init__()
-        if layer not in (None, *range(1, depth + 1)):
-            raise ValueError(f"{type(self).__name__}: layer is None or 1 to {depth}, got {layer}")
         self.dim = dim
         self.heads = dim // 64
-        self.layer = layer
         self.extra = tokens
         self.scales = scales
         self.convs = nn.ModuleList(nn.Conv1d(*conv, bias=False) for conv in self.CONVS)
@@ -222,16 +212,16 @@ class Encoder(Expert):
         count, kernel, groups = pos
         self.pos = nn.ModuleList(nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups)
                                  for _ in range(count))
+        self.context = nn.ModuleList(Block(dim, qkv_bias) for _ in range(prenet))
         self.blocks = nn.ModuleList(Block(dim, qkv_bias) for _ in range(depth))
         if tokens:
             self.tokens = nn.Parameter(torch.zeros(1, tokens, dim))
         if scales:
-            self.alibi_scale = nn.Parameter(torch.ones(scales, 1, scale_heads, 1, 1))
+            self.alibi_scale = nn.Parameter(torch.ones(scales, 1, self.heads, 1, 1))
 
     def local(self, wave):
-        """(N,) -> (F, 512). Frame j sees samples 320 j .. 320 j + 399 only, so spans of frames
-        are done one after the other: the same numbers, memory that does not grow, activations
-        that stay in a CPU's cache (1.6 times as fast)."""
+        """(N,) -> (F, 512), a span of frames at a time: frame j sees samples 320 j .. 320 j + 399
+        only, and activations that stay in a CPU's cache are 1.6 times as fast."""
         total = self.frames(len(wave))
         span = 64 if wave.device.type == "cpu" else 1500    # frames
         parts = []
@@ -244,8 +234,8 @@ class Encoder(Expert):
         return torch.cat(parts)
 
     def alibi(self, index, start, step, total):
-        """-|i - j| slope_h max(scale_h, 0) for `step` queries from `start` on and all keys,
-        (1, H, step, F). The tokens in front get 0."""
+        """(1, H, step, F): -|i - j| slope_h max(scale_h, 0) for `step` queries from `start` on and
+        all keys; 0 for the tokens in front."""
         # Slopes: a geometric series over a power of two, topped up from one twice as dense.
         power = 2 ** int(math.log2(self.heads))
         slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
@@ -263,16 +253,14 @@ class Encoder(Expert):
         total = len(qkv)
         q, k, v = qkv.view(total, 3, 1, self.heads, -1).permute(1, 2, 3, 0, 4)  # (1, H, F, D/H)
         if not self.scales:
-            y = F.scaled_dot_product_attention(q, k, v)
-        else:
-            step = max(1, self.BIAS_FLOATS[int(qkv.is_cuda)] // (self.heads * total))
-            parts = []
-            for start in range(0, total, step):
-                bias = self.alibi(index, start, step, total)
-                queries = q[:, :, start:start + step]
-                parts.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=bias))
-            y = torch.cat(parts, 2)
-        return y.transpose(1, 2).reshape(total, -1)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(total, -1)
+        step = max(1, self.BIAS_FLOATS[int(qkv.is_cuda)] // (self.heads * total))
+        parts = []
+        for start in range(0, total, step):
+            bias = self.alibi(index, start, step, total)
+            queries = q[:, :, start:start + step]
+            parts.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=bias))
+        return torch.cat(parts, 2).transpose(1, 2).reshape(total, -1)
 
     def features(self, wave):
         x = self.proj(self.proj_norm(self.local(wave)))  # (F, D)
@@ -284,20 +272,16 @@ class Encoder(Expert):
         if self.extra:
             x = torch.cat([self.tokens[0], x])
         x = self.norm(x)
-        for index, block in enumerate(self.blocks[:self.layer]):
-            x, feed_forward = block(x, self.attention, index)
-        if self.layer:
-            x = feed_forward
+        for index, block in enumerate([*self.context, *self.blocks]):
+            x = block(x, self.attention, index)
         return x[self.extra:]
 
 
 class SpeechUnits(Encoder):
-    """SpidR (Poli et al. 2025). Its authors extract layer=6; the last block's output is the
-    plain reading of CoAT."""
+    """SpidR (Poli et al. 2025; CC BY-NC 4.0: not for commercial use), the encoder's output.
+    https://github.com/facebookresearch/spidr"""
     filename = "spidr_base.pt"
     url = "https://dl.fbaipublicfiles.com/shared/devai/assets/models/spidr_base.pt"
-    licence = "CC BY-NC 4.0"
-    source = "https://github.com/facebookresearch/spidr"
     KEYS = (
         (r"^convs\.(\d+)", r"feature_extractor.conv_layers.\1.conv"),
         (r"^conv_norms\.(\d+)", r"feature_extractor.conv_layers.\1.layer_norm"),
@@ -316,12 +300,10 @@ class SpeechUnits(Encoder):
 
 
 class Affect(Encoder):
-    """emotion2vec (Ma et al. 2024): base (768), plus_base, plus_large (1024) and others by the
-    shapes in their files."""
+    """emotion2vec (Ma et al. 2024; FunASR Model License 1.1): base (768), plus_base, plus_large
+    (1024) and others by the shapes in their files. https://github.com/ddlBoJack/emotion2vec"""
     filename = "emotion2vec_base.pt"
     url = "https://huggingface.co/emotion2vec/emotion2vec_base/resolve/main/emotion2vec_base.pt"
-    licence = "FunASR Model License 1.1"
-    source = "https://github.com/ddlBoJack/emotion2vec"
     EMOTIONS = ("angry", "disgusted", "fearful", "happy", "neutral", "other", "sad", "surprised",
                 "unknown")      # what the plus models were trained to tell apart
     AUDIO = "modality_encoders.AUDIO."
@@ -333,6 +315,7 @@ class Affect(Encoder):
         (r"^proj\.", AUDIO + "project_features.2."),
         (r"^pos\.(\d+)", lambda match: f"{Affect.POSITION}{int(match[1]) + 1}.0"),
         (r"^norm", AUDIO + "context_encoder.norm"),
+        (r"^context\.", AUDIO + "context_encoder.blocks."),
         (r"^tokens", AUDIO + "extra_tokens"),
         (r"^alibi", AUDIO + "alibi"),
         (r"\.qkv", ".attn.qkv"),
@@ -343,43 +326,27 @@ class Affect(Encoder):
     )
 
     def __init__(self, prenet=4, depth=8, tokens=10, scales=1, emotions=0, **sizes):
-        super().__init__(depth=prenet + depth, qkv_bias=True, tokens=tokens, scales=scales,
+        super().__init__(prenet=prenet, depth=depth, qkv_bias=True, tokens=tokens, scales=scales,
                          **sizes)
         if emotions:
             self.emotion = nn.Linear(self.dim, emotions)
 
-        def official_block(match):
-            index = int(match[1])
-            if index < prenet:
-                return f"{self.AUDIO}context_encoder.blocks.{index}."
-            return f"blocks.{index - prenet}."
-
-        self.KEYS = ((r"^blocks\.(\d+)\.", official_block), *self.KEYS)
-
     @classmethod
     def sizes(cls, sd):
-        def shape(key, *default):
-            return sd[key].shape if key in sd else default
-
         def count(prefix):
-            keys = [key for key in sd if key.startswith(prefix)]
-            return len({key[len(prefix):].split(".")[0] for key in keys})
+            return len({key[len(prefix):].split(".")[0] for key in sd if key.startswith(prefix)})
 
-        scale_key = cls.AUDIO + "alibi_scale"
-        if len(shape(scale_key)) == 4:  # files from before every block could have its own
-            sd[scale_key] = sd[scale_key][None]
-        scale = shape(scale_key, 1, 1, 12)
-        dim = shape(cls.AUDIO + "context_encoder.norm.weight", 768)[0]
-        conv = shape(cls.POSITION + "1.0.weight", 768, 48, 19)
+        key = cls.AUDIO + "alibi_scale"  # in older files without the first dimension, the blocks'
+        scale = sd[key] = sd[key].reshape(-1, 1, *sd[key].shape[-3:])
+        conv = sd[cls.POSITION + "1.0.weight"].shape
         return {
-            "dim": dim,
+            "dim": conv[0],
             "prenet": count(cls.AUDIO + "context_encoder.blocks."),
             "depth": count("blocks."),
-            "tokens": shape(cls.AUDIO + "extra_tokens", 1, 10)[1],
-            "scales": scale[0],
-            "scale_heads": scale[2],
-            "pos": (count(cls.POSITION), conv[2], max(1, dim // conv[1])),
-            "emotions": shape("proj.weight", 0)[0],
+            "tokens": sd[cls.AUDIO + "extra_tokens"].shape[1],
+            "scales": len(scale),
+            "pos": (count(cls.POSITION), conv[2], conv[0] // conv[1]),
+            "emotions": len(sd.get("proj.weight", ())),
         }
 
     @property
@@ -397,8 +364,8 @@ def panns_name(match):
 
 
 class SoundEvents(Expert):
-    """PANNs Cnn14_DecisionLevelMax (Kong et al. 2020), trained segment by segment. A Cnn14 file
-    has the same keys."""
+    """PANNs Cnn14_DecisionLevelMax (Kong et al. 2020; CC BY 4.0), trained segment by segment. A
+    Cnn14 file has the same keys. https://github.com/qiuqiangkong/audioset_tagging_cnn"""
     sample_rate = 32000     # Hz
     frame_rate = 3.125      # Hz
     offset = 0.16           # s
@@ -409,8 +376,6 @@ class SoundEvents(Expert):
     filename = "Cnn14_DecisionLevelMax_mAP=0.385.pth"
     url = "https://zenodo.org/record/3987831/files/Cnn14_DecisionLevelMax_mAP%3D0.385.pth"
     sha256 = "dd3b4043a87d4ec13df8082c0fcfee3fb5084151808e47e060987a95eabdd142"
-    licence = "CC BY 4.0, code MIT"
-    source = "https://github.com/qiuqiangkong/audioset_tagging_cnn"
     N_FFT = 1024            # samples
     STEP = 320              # samples from spectrum to spectrum
     MELS = 64
@@ -475,14 +440,15 @@ class SoundEvents(Expert):
 
     def readout(self, z):
         """(.., 2048) -> (.., 527) AudioSet class LOGITS (the sigmoid gives probabilities)."""
-        return self.fc_audioset(z)
+        return self.fc_audioset(z)  # g_cls
 
 
 class Pitch(Expert):
-    """basic-pitch (Bittner et al. 2022) on a clip of any length in one pass: constant-Q
-    spectrum, harmonic stack, 3x39 convolution = the feature (8 channels x 264 thirds of a
-    semitone, channel-major), 5x5 convolution = readout. The authors' 2 s windows differ only in
-    the reach of the level normalisation and at their edges."""
+    """basic-pitch 0.4.0 (Bittner et al. 2022; Apache-2.0) on a clip of any length in one pass:
+    constant-Q spectrum, harmonic stack, 3x39 convolution = the feature (8 channels x 264 thirds of
+    a semitone, channel-major), 5x5 convolution = readout. The authors' 2 s windows differ only in
+    the reach of the level normalisation and at their edges. https://github.com/spotify/basic-pitch
+    """
     sample_rate = 22050         # Hz
     frame_rate = 22050 / 256    # Hz
     dim = 8 * 264
@@ -490,8 +456,6 @@ class Pitch(Expert):
     lead = 256                  # samples
     min_samples = 129 * 256     # the lowest octave's reflection needs 129 frames
     filename = "basic_pitch_icassp2022.npz"
-    licence = "Apache-2.0"
-    source = "https://github.com/spotify/basic-pitch (0.4.0)"
     TAPS = 256                  # samples, of the kernels and of the low-pass
     OCTAVES = 9
     PER_OCTAVE = 36             # bins
@@ -508,8 +472,6 @@ class Pitch(Expert):
         self.contour2 = nn.Conv2d(8, 1, 5, padding=2)
         self.note1 = nn.Conv2d(1, 32, 7, (1, 3), (3, 2))
         self.note2 = nn.Conv2d(32, 1, (7, 3), padding=(3, 1))
-        self.onset1 = nn.Conv2d(8, 32, 5, (1, 3), (2, 1))
-        self.onset2 = nn.Conv2d(33, 1, 3, padding=1)
         hz = self.F_MIN * 2 ** (np.arange(self.BINS) / self.PER_OCTAVE)
         lengths = np.ceil(self.sample_rate / hz / (2 ** (1 / self.PER_OCTAVE) - 1))
         constants = {
@@ -576,116 +538,114 @@ class Pitch(Expert):
         posteriorgram, bin k at about 27.5 * 2 ** ((k - 1) / 36) Hz. The kernel spans 5 of the
         frames it is given."""
         x = z.reshape(-1, z.shape[-2], 8, 264).transpose(1, 2)  # (B, 8, F, 264)
-        return self.contour2(x).reshape(*z.shape[:-1], 264)
+        return self.contour2(x).reshape(*z.shape[:-1], 264)  # h
 
     @torch.no_grad()
     def notes(self, wave):
-        """(N,) -> posteriorgrams contour (F, 264), note (F, 88) and onset (F, 88); the last two
-        in semitones from A0."""
-        stack = self.stack(self.prepare(wave))
-        contour = self.contour2(F.relu_(self.contour1(stack))).sigmoid()
-        note = self.note2(F.relu_(self.note1(contour))).sigmoid()
-        onset = self.onset2(torch.cat([note, F.relu_(self.onset1(stack))], 1)).sigmoid()
-        return tuple(x[0, 0, :self.frames(len(wave))] for x in (contour, note, onset))
+        """(N,) -> (F, 88) posteriorgram of notes, in semitones from A0."""
+        contour = self.readout(self.features(self.prepare(wave))).sigmoid()  # (F, 264)
+        note = self.note2(F.relu_(self.note1(contour[None, None]))).sigmoid()  # (1, 1, F, 88)
+        return note[0, 0, :self.frames(len(wave))]
 
 
 EXPERTS = {"recon": Recon, "speech": SpeechUnits, "sound": SoundEvents, "affect": Affect,
            "pitch": Pitch}
 
 
-def fetch(name):
-    """The path of a teacher's weights; what does not ship is fetched once. OSError, RuntimeError."""
-    cls = EXPERTS[name]
+def fetch(cls):
+    """The path of a network's weights. Those that do not ship are fetched once, to where torch.hub
+    keeps its files (TORCH_HOME)."""
     if not cls.url:
         return os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", cls.filename)
-    folder = os.environ.get("COAT_CACHE") or os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, cls.filename)
-    os.makedirs(folder, exist_ok=True)
-    with FileLock(path + ".lock"):    # the other ranks wait for the first
-        if not os.path.exists(path):
-            print(f"{name}: fetching {cls.url} to {path}", file=sys.stderr, flush=True)
-            torch.hub.download_url_to_file(cls.url, path, hash_prefix=cls.sha256)
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", cls.filename)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with FileLock(path + ".lock"):    # the other ranks wait for the first
+            if not os.path.exists(path):
+                print(f"fetching {cls.url} to {path}", file=sys.stderr, flush=True)
+                torch.hub.download_url_to_file(cls.url, path, hash_prefix=cls.sha256)
     return path
 
 
-def random_weights(cls, options):
-    """The frozen teacher with seeded random weights; the global generator is left as it was."""
+def random_weights(cls):
+    """The frozen expert with seeded random weights; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = cls(**options)
+        module = cls()
         for layer in module.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight)  # torch's own fades out over 12 layers
     return module.freeze()
 
 
-def load(name, path=None, device="cpu", random=False, **options):
-    """The frozen teacher `name` from the file `path` or the official one (cached, else fetched).
+def load(name, path=None, device="cpu", random=False):
+    """The frozen expert `name` from the file `path` or the official one (fetched once).
 
     random: seeded random weights in the real architecture, except for what ships in assets/.
-    options: arguments of the teacher's class.
-    ExpertUnavailable, one line, if it cannot be had."""
+    RuntimeError, one line, if it cannot be had."""
     cls = EXPERTS[name]
-    if cls.filename is None or random and cls.url:
-        if random:
-            warnings.warn(f"!!! {name}: RANDOM WEIGHTS, for tests and timing only: "
-                          "its output means nothing !!!", stacklevel=2)
-        return random_weights(cls, options).to(device)
-    file = path
+    is_random = random and cls.url is not None
+    if is_random:
+        warnings.warn(f"!!! {name}: RANDOM WEIGHTS, for tests and timing only: its output means "
+                      "nothing !!!", stacklevel=2)
+    if is_random or cls.filename is None:
+        return random_weights(cls).to(device)
     try:
-        file = str(path or fetch(name))
-        if file.endswith(".npz"):
-            sd = dict(np.load(file))
+        path = path or fetch(cls)
+        if str(path).endswith(".npz"):
+            sd = dict(np.load(path))
         else:
-            sd = torch.load(file, map_location="cpu", weights_only=True)
-        expert = cls.from_state_dict(sd, **options)
-        if not expert(torch.ones(1)).isfinite().all():
-            raise ValueError("it gives NaN or infinity")
+            sd = torch.load(path, map_location="cpu", weights_only=True)
+        expert = cls.from_state_dict(sd)
+        expert(torch.ones(1))
     except Exception as e:  # a damaged file fails in as many ways as it has bytes
+        # The first sentence. What follows in torch's is advice to trust the file.
         reason = re.split(r"\. (?=[A-Z])", " ".join(str(e).split()))[0][:300]
-        raise ExpertUnavailable(
-            f"{name}: {file or cls.url} cannot be had, is damaged or not {cls.filename} of "
-            f"{cls.source} ({type(e).__name__}: {reason}); delete it to fetch it again, or pass "
-            f"--expert-{name} PATH") from e
+        raise RuntimeError(
+            f"{name}: cannot load {path or cls.url} ({type(e).__name__}: {reason}). It should be "
+            f"{cls.filename} of {cls.url or 'the repository of experts.py'}. Put it there (delete "
+            f"a damaged one), or pass --expert-{name} PATH") from e
     return expert.to(device)
 
 
-def load_experts(tasks, d, device="cpu", random=False, paths=None):
-    """{task: its frozen expert}.
+def load_experts(tasks, d, device="cpu", random=False, paths={}):
+    """{task: its frozen expert}. RuntimeError as from `load`.
 
     d       width of the backbone, which is e_k of recon
-    paths   {task: file}; the others as in `load`. Raises ExpertUnavailable."""
+    paths   {task: a file to use instead of the official one}"""
     experts = {}
     for task in tasks:
-        if EXPERTS[task] is Recon:
-            experts[task] = Recon(d)
-        else:
-            experts[task] = load(task, (paths or {}).get(task), device, random)
+        is_recon = EXPERTS[task] is Recon
+        experts[task] = Recon(d) if is_recon else load(task, paths.get(task), device, random)
     return experts
 
 
 def main():
-    """Prints a table of the teachers."""
+    """Prints a line for each network, or why it cannot be had."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", required=True, help="fetch, load and time")
-    networks = {name: cls for name, cls in EXPERTS.items() if cls is not Recon}
+    networks = [name for name, cls in EXPERTS.items() if cls.filename]
     for name in networks:
-        parser.add_argument(f"--expert-{name}", metavar="PATH", help="instead of the cached file")
+        parser.add_argument(f"--expert-{name}", metavar="PATH", help="instead of the official file")
     args = vars(parser.parse_args())
-    for name, cls in networks.items():
+    failed = 0
+    for name in networks:
         try:
             expert = load(name, args[f"expert_{name}"])
-        except ExpertUnavailable as e:
-            print(e)
+        except RuntimeError as e:
+            print(f"error: {e}")
+            failed += 1
             continue
-        wave = 0.1 * torch.randn(10 * cls.sample_rate)
-        expert(wave)
+        wave = 0.1 * torch.randn(10 * expert.sample_rate)
+        expert(wave)  # warms up
         begin = time.perf_counter()
         expert(wave)
-        print(f"{name:8}{cls.__name__:13}{expert.dim:5}{expert.frame_rate:8.3f} Hz"
-              f"{sum(p.numel() for p in expert.parameters()) / 1e6:8.2f} M  {expert.licence:25}"
-              f"{time.perf_counter() - begin:6.2f} s for 10 s")
+        seconds = time.perf_counter() - begin
+        weights = sum(p.numel() for p in expert.parameters()) / 1e6
+        print(f"{name:8}{expert.dim:5} x {expert.frame_rate:6.3f} Hz{weights:8.2f} M weights"
+              f"{seconds:7.2f} s for 10 s of audio")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

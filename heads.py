@@ -1,13 +1,18 @@
-"""Projection heads and distillation losses (paper section 3.3). This file can be copied alone.
+"""Projection heads P_k and distillation losses L_k (paper, section 3.3). Can be copied alone.
 
-    >>> from heads import ExpertHeads
-    >>> heads = ExpertHeads(d=4096, dims={"recon": 4096, "speech": 768})    # for Qwen2-Audio
-    >>> heads.calibrate("speech", clips)    # [(L, 768)] of the teacher: the scale of the loss
-    >>> heads(think_states, valid, {"recon": z_recon, "speech": z_speech})    # {term: loss}
+    >>> import torch, heads
+    >>> expert_heads = heads.ExpertHeads(d=64, dims={"recon": 64, "speech": 768})
+    >>> z = torch.randn(2, 50, 768)    # z_k (B, L, E) of two clips of 2 s
+    >>> expert_heads.calibrate("speech", [z[0], z[1]])    # gives its loss a scale
+    >>> think_states = torch.randn(2, 50, 64)    # H_think (B, L, D)
+    >>> valid = torch.ones(2, 50, dtype=torch.bool)    # which frames are real
+    >>> losses = expert_heads(think_states, valid, {"speech": z})    # {term: sum over real frames}
+    >>> losses["speech"] / valid.sum()    # 1.0
 
-Every loss is given relative to the best constant answer: 1.0 is that answer, 0.0 the teacher
-itself. That is also what "compensates for differences in output scale" (appendix A). Less than 1.0
-does not say that frames are heard, see infer.py frames.
+Losses are sums over frames, so that a batch can be cut anywhere. Divided by the number of frames, a
+calibrated loss is relative to the best constant answer: 1.0 is that answer, 0.0 the expert itself.
+That is also what "compensates for differences in output scale" (appendix A). Less than 1.0 does not
+say that frames are heard, see infer.py frames.
 """
 import functools
 
@@ -17,11 +22,11 @@ from torch import nn
 
 HEAD_DIM = 64           # of the attention in P_k; the paper gives none, this is the usual one
 FOCAL_GAMMA = 2.0       # quality focal loss (Li et al. 2020, arXiv 2006.04388), their value
-EPS = 1e-6              # keeps the loss of a teacher dimension that never changes finite
+EPS = 1e-6              # keeps the loss of a dimension that never changes finite
 
 
 class ProjectionHead(nn.Module):
-    """P_k of equation 3: a pre-norm transformer block over the thinking states, then a linear map.
+    """P_k: a pre-norm transformer block over the thinking states, then a linear map.
 
     d       hidden size of the backbone
     dim     e_k, width of the expert's features
@@ -36,8 +41,8 @@ class ProjectionHead(nn.Module):
         self.kind = kind
         self.reduce = nn.Linear(d, width) if width != d else nn.Identity()
         if kind == "transformer":
-            at_most = max(1, width // HEAD_DIM)
-            self.n_heads = max(n for n in range(1, at_most + 1) if width % n == 0)
+            most = max(1, width // HEAD_DIM)
+            self.n_heads = max(n for n in range(1, most + 1) if width % n == 0)
             self.norm1 = nn.LayerNorm(width)
             self.qkv = nn.Linear(width, 3 * width)
             self.proj = nn.Linear(width, width)
@@ -47,9 +52,8 @@ class ProjectionHead(nn.Module):
         self.out = nn.Linear(width, dim)
 
     def forward(self, h, valid):
-        """h (B, L, D) thinking states, valid (B, L) bool -> (B, L, E).
-
-        Rows beyond a clip's end hold no meaning."""
+        """h (B, L, D) thinking states, valid (B, L) bool -> (B, L, E). What stands beyond a clip's
+        end means nothing."""
         x = self.reduce(h)
         if self.kind == "transformer":
             x = x + self.attend(self.norm1(x), valid)
@@ -69,7 +73,7 @@ class ProjectionHead(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Losses. Each takes two (frames, dim) tensors and returns (frames, dim).
+# Losses. Each takes two (F, E) tensors and returns (F, E).
 
 def mse(pred, target):
     return (pred - target).pow(2)
@@ -92,11 +96,11 @@ def focal_bce(logits, q, gamma=FOCAL_GAMMA):
 # Task -> {term: (loss, does it compare readouts?)}. A task that is not listed is representational:
 # MSE on its features.
 TASKS = {
-    "recon": {"recon": (mse, False)},
-    "speech": {"speech": (mse, False)},
-    "sound": {"sound": (bce, True)},                                     # of g_cls(z_hat), g_cls(z)
-    "affect": {"affect": (mse, False)},
-    "pitch": {"pitch": (mse, False), "pitch_aux": (focal_bce, True)},    # MSE + w_aux focal-BCE
+    "recon": {"recon": (mse, False)},                                    # L_recon
+    "speech": {"speech": (mse, False)},                                  # L_speech
+    "sound": {"sound": (bce, True)},                                     # L_sed
+    "affect": {"affect": (mse, False)},                                  # L_emo
+    "pitch": {"pitch": (mse, False), "pitch_aux": (focal_bce, True)},    # L_pitch
 }
 
 
@@ -106,12 +110,9 @@ def terms(task):
 
 
 def best_constant(loss, target):
-    """(frames, dim) -> (1, dim), the constant answer with the least loss: of `mse` the mean, of the
-    others logits.
-
-    Both `bce` and `focal_bce` (gamma from 1) are convex in the probability p, so halving an
-    interval by the sign of their slope finds it. For `bce` that is the logit of the mean; for
-    `focal_bce` it is not."""
+    """(F, E) -> (1, E), the constant answer with the least loss: of `mse` the mean, of the others
+    logits. They are convex in the probability (`focal_bce` for gamma from 1), so halving an
+    interval by the sign of their slope finds it. For `bce` that is the logit of the mean."""
     if loss is mse:
         return target.mean(0, keepdim=True)
     low = torch.full_like(target[:1], -20.0)
@@ -127,18 +128,18 @@ def best_constant(loss, target):
 
 
 class ExpertHeads(nn.ModuleDict):
-    """The heads of a run by task: P_k of equation 3, and L_k of section 3.3 with its scale.
+    """The heads of a run by task: P_k, and L_k with its scale.
 
     d           hidden size of the backbone
     dims        {task: e_k}
-    readouts    {task: frozen output layer of the teacher, to logits}, for terms that compare there
+    readouts    {task: frozen output layer of the expert, to logits}, for terms that compare there
     kind, width as in ProjectionHead
     focal_gamma of the focal-BCE; 0 makes it plain BCE"""
 
     def __init__(self, d, dims, readouts=None, kind="transformer", width=None,
                  focal_gamma=FOCAL_GAMMA):
         super().__init__({task: ProjectionHead(d, dim, kind, width) for task, dim in dims.items()})
-        self.readouts = readouts or {}    # parts of the teachers, neither trained nor saved here
+        self.readouts = readouts or {}    # parts of the experts, neither trained nor saved here
         self.focal_gamma = focal_gamma
         for task in dims:
             for term in terms(task):    # what the best constant answer costs; saved with the heads
@@ -160,35 +161,31 @@ class ExpertHeads(nn.ModuleDict):
         return losses
 
     def losses_of(self, task):
-        """{term: (loss, compares readouts?)} of a task, with this run's gamma."""
-        losses = {}
+        """Yields (term, loss, compares readouts?) of a task, with this run's gamma."""
         for term, (loss, on_readout) in terms(task).items():
             if loss is focal_bce:
                 loss = functools.partial(focal_bce, gamma=self.focal_gamma)
-            losses[term] = (loss, on_readout)
-        return losses
+            yield term, loss, on_readout
 
     def frame_losses(self, task, z_hat, z, valid):
-        """{term: (frames,) mean over the dimensions}. Gradients flow through the frozen readout
+        """{term: (F,) mean over E of the real frames}. Gradients flow through the frozen readout
         into z_hat (section 3.3.2)."""
         losses = {}
         z_hat = z_hat * valid[..., None]    # the readout of pitch looks past a clip's end: at zeros
-        for term, (loss, on_readout) in self.losses_of(task).items():
+        for term, loss, on_readout in self.losses_of(task):
+            pred, target = z_hat, z
             if on_readout:
-                readout = self.readouts[task]
-                losses[term] = loss(readout(z_hat)[valid], readout(z)[valid].sigmoid()).mean(-1)
-            else:
-                losses[term] = loss(z_hat[valid], z[valid]).mean(-1)
+                pred = self.readouts[task](z_hat)
+                target = self.readouts[task](z).sigmoid()
+            losses[term] = loss(pred[valid], target[valid]).mean(-1)
         return losses
 
     @torch.no_grad()
     def calibrate(self, task, clips):
-        """Measures what the best constant answer costs, and lets the head start from the mean
-        feature: output weights zero, bias the mean.
-
-        clips   [(L, E)] the teacher's features, one a clip"""
+        """Measures what the best constant answer to `clips`, [(L, E)] z_k, costs, and lets the head
+        start from the mean feature: output weights zero, bias the mean."""
         z = torch.cat(clips).float()
-        for term, (loss, on_readout) in self.losses_of(task).items():
+        for term, loss, on_readout in self.losses_of(task):
             target = z
             if on_readout:
                 target = torch.cat([self.readouts[task](clip.float()).sigmoid() for clip in clips])
@@ -206,11 +203,7 @@ class ExpertHeads(nn.ModuleDict):
 
 
 def heads_for(d, experts, **options):
-    """The ExpertHeads of these experts.
-
-    d           hidden size of the backbone
-    experts     {task: anything with `dim`, e_k, and `readout`, g_cls or h or None}
-    options     of ExpertHeads"""
+    """The ExpertHeads of {task: anything with `dim`, e_k, and `readout`, g_cls or h or None}."""
     dims = {task: expert.dim for task, expert in experts.items()}
     readouts = {task: expert.readout for task, expert in experts.items()}
     return ExpertHeads(d, dims, readouts, **options)

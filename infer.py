@@ -28,18 +28,19 @@ import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+from model import (ASSETS, BACKBONES, COUNT, WORKERS, InputError, TooLong, checkpoint_steps,
+                   latest_checkpoint, load_coat, load_text_think, one_line_errors, pad_rows,
+                   read_json, to_device, usable_device, write_file)
+
 import numpy as np
 import safetensors.torch
 import torch
 from huggingface_hub.utils import http_backoff
 
 from data import (Rows, collate, expert_targets, fingerprint, open_source, parse_row, read_audio,
-                  to_device, usable_rows)
-from experts import EXPERTS, ExpertUnavailable, load_experts
+                  usable_rows)
+from experts import EXPERTS, load_experts
 from heads import heads_for
-from model import (ASSETS, BACKBONES, COUNT, WORKERS, InputError, TooLong, backbone_of,
-                   checkpoint_steps, latest_checkpoint, load_coat, load_text_think, one_line_errors,
-                   pad_rows, read_json, usable_device, write_file)
 
 AUDIO = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
 # Tasks whose answers a judge rates (appendix B); no comparison of strings could.
@@ -53,7 +54,7 @@ CONTOUR_ON = 0.3    # a pitch is there: the frame threshold of basic-pitch
 def load_model(args, name=None):
     """A model, see the top of this file, ready to answer: adapters are merged. Raises InputError."""
     name = name or args.model
-    device = usable_device(args.device, backbone_of(name))
+    device = usable_device(args.device, name)
     if getattr(args, "text_think", None):    # the authors' own adapter
         if name not in BACKBONES:
             raise InputError("--text-think FOLDER goes with the name of a backbone, not with a run")
@@ -90,8 +91,6 @@ def batches(coat, source, rows, args, skipped):
         skipped += left_out
         if batch["rows"]:
             yield to_device(batch, coat.hf.device)
-    if len(skipped) == len(source):
-        raise InputError(f"none of the {len(skipped)} rows can be used; the first: {skipped[0]}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,8 +134,7 @@ def rows_to_ask(args):
         rows += [{"audio": file, "prompt": question, "response": "", "start": args.start,
                   "end": args.end} for file in files]
     is_file = question and (os.path.exists(question) or question.lower().endswith(AUDIO))
-    asked = {row["prompt"] for row in rows} if question else {None}
-    if not rows or is_file or len(asked) > 1 or None in asked and question is not None:
+    if not rows or is_file or any(row["prompt"] != question for row in rows if question):
         raise InputError('give clips and, last, a question: infer.py ask MODEL CLIP "Which sound?"; '
                          "or rows.jsonl, whose rows have their own")
     return rows
@@ -662,8 +660,7 @@ def reconstruct(coat, experts, heads, row):
     batch = to_device(batch, coat.hf.device)
     out = coat(batch)
     states = out.think_states.float()
-    targets = expert_targets(experts, batch) | {"recon": out.audio_embeds.float()}
-    targets = {task: targets[task] for task in heads}
+    targets = expert_targets(experts, batch, out.audio_embeds.float())
     student = {task: head(states, out.valid)[0] for task, head in heads.items()}
     losses = {term: loss.item() / int(batch["n_audio"])
               for term, loss in heads(states, out.valid, targets).items()}
@@ -1171,7 +1168,7 @@ def build_parser():
 
 
 def main():
-    one_line_errors(ExpertUnavailable, less_memory="--batch 1")
+    one_line_errors(less_memory="--batch 1")
     args = build_parser().parse_args()
     args.run(args)
 

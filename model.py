@@ -2,10 +2,10 @@
 
     >>> import torch
     >>> from model import build_inputs, load_coat
-    >>> coat = load_coat("tiny")           # the real Qwen2-Audio classes, random, no download
+    >>> coat = load_coat("tiny")           # Qwen2-Audio's classes, small and random, no download
     >>> wave = 0.1 * torch.randn(16000)    # 1 s
-    >>> out = coat(build_inputs(coat, [wave], ["Which note?"], ["C"]))    # a training row
-    >>> coat.generate(build_inputs(coat, [wave], ["Which note?"]))        # it, up to the response
+    >>> coat.answer(wave, 16000, "Which note?")    # noise, since nothing is trained yet
+    >>> out = coat(build_inputs(coat, [wave], ["Which note?"], ["C"]))    # Output of a training row
 
 A row, left padded. The block is placed here and consumed in the prefill; it is never generated:
 
@@ -13,6 +13,8 @@ pad pad <system, user: .. AUDIO*L_a .. question> <assistant header> start THINK*
                           ^audio_mask                                     ^think_mask   ^labels
 """
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import math
 import os
@@ -25,9 +27,48 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line that says what to do."""
+
+
+class TooLong(InputError):
+    """A clip above MAX_SECONDS, which the paper skips in training and in scoring (appendix B)."""
+
+
+def one_line_errors(*kinds, less_memory="a smaller batch, or shorter clips"):
+    """Any exception, or one of these kinds, ends the program in the line `error: what it says`.
+
+    With COAT_TRACEBACK=1 there is a traceback. less_memory: what to try when memory runs out"""
+    def hook(kind, error, trace):
+        line = "error: " + (" ".join(str(error).split()) or kind.__name__)
+        if os.environ.get("COAT_TRACEBACK") or kinds and not issubclass(kind, kinds):
+            return sys.__excepthook__(kind, error, trace)
+        if issubclass(kind, BrokenPipeError):    # a program | head
+            return os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if kind is KeyboardInterrupt:
+            line = "stopped"
+        elif "OutOfMemory" in kind.__name__ or kind is MemoryError or "CPUAllocator" in line:
+            line = f"error: no memory left ({line[7:200]}); less is needed with {less_memory}"
+        elif kinds or issubclass(kind, ImportError):
+            here = [f"{d.name} {d.version}" for d in importlib.metadata.distributions()
+                    if d.name in ("torch", "torchaudio", "transformers", "peft")]
+            line += f" (beside {', '.join(here)}); pip install -r requirements.txt"
+        print(line, file=sys.stderr)
+
+    sys.excepthook = hook
+    if not kinds and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)    # a closed pipe shows at once
+
+
+# The programs import this file first, so that a library which is missing, or was built for another
+# version of its neighbour, is one line too.
+one_line_errors(ImportError, OSError, RuntimeError)
+
 import peft
 import torch
 import torch.nn.functional as F
+import torchaudio
 import transformers
 from peft.tuners.lora import LoraLayer
 from tokenizers import AddedToken
@@ -35,13 +76,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers.cache_utils import StaticLayer
 
+one_line_errors(ImportError)
+
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 SAMPLE_RATE = 16000    # Hz, what every backbone hears
-# Audio tokens, and thinking tokens, per second (paper, appendix A). It stands in experts.py too, so
-# that experts.py can be copied alone; a test holds the two equal.
-TOKEN_RATE = 25
 MIN_SECONDS = 0.1      # of a clip; below: hardly a token to think with
 MAX_SECONDS = 120.0    # above: skipped (paper, appendix B)
+MAX_PEAK = 4.0         # of a sample; resampling and mp3 overshoot 1, integers are far above
 
 THINK_START = "<|audio_think_start|>"
 THINK = "<|audio_think|>"
@@ -52,27 +93,23 @@ IGNORE = -100          # label of a position that is not a cross-entropy target
 LORA_TARGETS = (r".*\.language_model\.layers\.\d+\."
                 r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)")
 
+TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
+# Before, modules had other names, which LORA_TARGETS would miss, and adapters other keys.
+if TRANSFORMERS < (5, 23):
+    sys.exit(f"error: transformers {transformers.__version__} is too old; "
+             "pip install -U 'transformers>=5.23'")
+CACHE = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"    # how models call it
+
+# peft 0.21 asks transformers by a name that it is about to drop; nothing a user could do.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
 
 # --------------------------------------------------------------------------------------------------
 # Backbones: a row of the table says what differs, the rest of the file is shared
 
-# Two classes without their eyes. They keep the names, which go into the folders they save.
-
-class Qwen2_5OmniThinkerForConditionalGeneration(
-        transformers.Qwen2_5OmniThinkerForConditionalGeneration):
-    """The thinker without its vision tower, whose weights are never read."""
-
-    _keys_to_ignore_on_load_unexpected = [r"\bvisual\."]
-
-    def __init__(self, config):
-        config.vision_config.depth = 0    # also in what is saved, for plain transformers
-        super().__init__(config)
-        self.model.visual = None          # while it is still without memory
-
-    @classmethod
-    def is_custom_code(cls):
-        """transformers translates the published names of the weights for its own classes only."""
-        return False
+# The blocks of Omni's vision tower are neither built nor read, see read_backbone.
+OmniThinker = transformers.Qwen2_5OmniThinkerForConditionalGeneration
+OmniThinker._keys_to_ignore_on_load_unexpected = [r"\bvisual\.blocks\."]
 
 
 class Qwen2_5OmniProcessor(transformers.Qwen2_5OmniProcessor):
@@ -87,69 +124,99 @@ class Qwen2_5OmniProcessor(transformers.Qwen2_5OmniProcessor):
 
 @dataclass(frozen=True)
 class Backbone:
-    hub_id: str    # where its files are, unless a local folder is given
+    hub_id: str           # where its files are, unless a local folder is given
     licence: str
     model_class: type
     processor_class: type
     model_types: tuple    # config.json of a folder that fits says one of these
     audio_marks: str      # how the chat template writes a clip
     audio_token: str = "<|AUDIO|>"    # the placeholder in it, which becomes L_a ids
-    piece_seconds: float = None    # longer clips go in pieces of this; None: the extractor's window
-    window_seconds: int = 30    # what its feature extractor pads to, if built without files
+    piece_seconds: float = 30    # longer clips go in pieces of this
     audio_kwargs: dict = field(default_factory=dict)    # for that extractor, at each call
     eos: tuple = ("<|im_end|>", "<|endoftext|>")    # all stop; the first closes a response
     lora_r: int = 16      # rank and alpha: paper, appendix A
     lora_alpha: int = 32
     text_think: str = (" Output the thinking process in <think> </think>"
                        " and final answer in <answer> </answer>.")
+    # To build it without files: where its config differs from its class.
+    text_config: dict = field(default_factory=dict)
+    audio_config: dict = field(default_factory=dict)
 
 
 BACKBONES = {
     "qwen2-audio": Backbone(
-        hub_id="Qwen/Qwen2-Audio-7B-Instruct",
-        licence="apache-2.0",
+        hub_id="Qwen/Qwen2-Audio-7B-Instruct", licence="apache-2.0",
         model_class=transformers.Qwen2AudioForConditionalGeneration,
         processor_class=transformers.Qwen2AudioProcessor,
         model_types=("qwen2_audio",),
-        audio_marks="Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n"),
+        audio_marks="Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n",
+        text_config=dict(vocab_size=156032, intermediate_size=11008)),
     # The checkpoint also holds a talker. Its extractor would pad every clip to 300 s.
     "qwen2.5-omni": Backbone(
-        hub_id="Qwen/Qwen2.5-Omni-7B",
-        licence="apache-2.0",
-        model_class=Qwen2_5OmniThinkerForConditionalGeneration,
+        hub_id="Qwen/Qwen2.5-Omni-7B", licence="apache-2.0",
+        model_class=OmniThinker,
         processor_class=Qwen2_5OmniProcessor,
         model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
         audio_marks="<|audio_bos|><|AUDIO|><|audio_eos|>",
         piece_seconds=MAX_SECONDS,
-        window_seconds=300,
         audio_kwargs={"max_length": round(MAX_SECONDS * SAMPLE_RATE)}),
     # The processor cuts its 30 s windows itself. It has its own thinking adapter and sentence.
     "audio-flamingo-3": Backbone(
-        hub_id="nvidia/audio-flamingo-3-hf",
-        licence="other (NVIDIA OneWay, non-commercial)",
+        hub_id="nvidia/audio-flamingo-3-hf", licence="other (NVIDIA OneWay, non-commercial)",
         model_class=transformers.AudioFlamingo3ForConditionalGeneration,
         processor_class=transformers.AudioFlamingo3Processor,
         model_types=("audioflamingo3",),
-        audio_marks="<sound>",
-        audio_token="<sound>",
+        audio_marks="<sound>", audio_token="<sound>",
         piece_seconds=MAX_SECONDS,
-        text_think="\nPlease think and reason about the input audio before you respond."),
+        text_think="\nPlease think and reason about the input audio before you respond.",
+        text_config=dict(vocab_size=151672, hidden_size=3584, intermediate_size=18944,
+                         num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)),
 }
-# Whisper's encoder and a text model that knows ChatML, in Qwen2-Audio's classes; the projector
-# between them is new, and trained with the adapters. For evidence, not for use.
-BACKBONES["small"] = replace(
-    BACKBONES["qwen2-audio"],
-    hub_id="openai/whisper-tiny,HuggingFaceTB/SmolLM2-135M-Instruct",
-    licence="other (those of its two parts)")
 # 1.2 M weights of variance 1 / fan-in, so that signals keep their size through untrained layers.
 # A tower computes its whole window whatever the clip, so this one is short. Random weights know
 # nothing worth keeping: the adapters are wider.
 BACKBONES["tiny"] = replace(
-    BACKBONES["qwen2-audio"], hub_id="", window_seconds=4, lora_r=32, lora_alpha=64)
-LIGHT = ("tiny", "small")    # a CPU is enough for them
+    BACKBONES["qwen2-audio"],
+    hub_id="", lora_r=32, lora_alpha=64, piece_seconds=4,
+    text_config=dict(vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                     num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=8192,
+                     initializer_range=128 ** -0.5),
+    audio_config=dict(d_model=128, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=256,
+                      max_source_positions=200, initializer_range=384 ** -0.5))
+
 
 # --------------------------------------------------------------------------------------------------
-# Prompts and rows to tensors, for training and inference alike
+# Audio and text to tensors, for training and inference alike
+
+def check_seconds(seconds, what):
+    """Raises InputError, or TooLong, unless a clip lasts MIN_SECONDS to MAX_SECONDS."""
+    message = f"{what} lasts {seconds:.2f} s; give {MIN_SECONDS} to {MAX_SECONDS:.0f} s"
+    if seconds > MAX_SECONDS:
+        raise TooLong(f"{message}, or cut it with \"start\" and \"end\"")
+    if not seconds >= MIN_SECONDS:    # so that NaN is refused too
+        raise InputError(message)
+
+
+def as_wave(wave):
+    """A clip, numpy or torch, -> (N,) float32. Raises InputError if it is of another kind."""
+    wave = torch.as_tensor(wave)
+    if wave.ndim != 1 or not wave.is_floating_point():
+        raise InputError("a clip is mono, (N,), of floats in [-1, 1], and not "
+                         f"{tuple(wave.shape)} of {wave.dtype}")
+    if len(wave) and not wave.abs().max() <= MAX_PEAK:    # so that NaN is refused too
+        raise InputError(f"the clip has samples up to {wave.abs().max():.3g}; give floats in "
+                         "[-1, 1] (16-bit integers: divide by 32768)")
+    return wave.float().cpu()
+
+
+def at_rate(wave, rate, new_rate):
+    """(N,) at `rate` Hz -> (ceil(N new_rate / rate),) at `new_rate` Hz. Raises InputError."""
+    taps = math.lcm(rate, new_rate) // math.gcd(rate, new_rate)
+    if taps > 2 ** 24:    # of the kernel; for 44,099 Hz it would take gigabytes
+        raise InputError(f"cannot resample from {rate} to {new_rate} Hz; convert the clip to a "
+                         "usual rate such as 16000 or 44100 Hz")
+    return torchaudio.functional.resample(wave, rate, new_rate)
+
 
 def n_audio_tokens(n_samples):
     """L_a at 16 kHz: a log-mel frame every 160 samples, a stride-2 convolution, pooling by 2."""
@@ -157,98 +224,69 @@ def n_audio_tokens(n_samples):
 
 
 def think_block(n_audio, think_ids):
-    """b(L_a) of equation 2: [start, think * L_a, end], empty when there is no audio."""
-    if n_audio == 0:
-        return []
+    """b(L_a): a thinking token for each audio token, between two marks; without audio nothing."""
     start, think, end = think_ids
-    return [start] + [think] * n_audio + [end]
+    return [start] + [think] * n_audio + [end] if n_audio else []    # equation 2
 
 
 def check_text(coat, text):
-    """Raises InputError if a text spells a token that only build_inputs may place."""
-    for token in (coat.backbone.audio_token, THINK_START, THINK, THINK_END):
-        if token in text:
-            raise InputError(f"the text contains the reserved token {token}; remove it")
-
-
-# What CoAT.save adds to the chat template of a model that thinks: the block for n_audio audio
-# tokens and, so that no server forgets it, an error without. No template knows how long a clip is.
-BLOCK_MARK = "{# the thinking block #}"    # where it begins, whatever code wrote it
-BLOCK_TEMPLATE = BLOCK_MARK + f"""\
-{{% if add_generation_prompt %}}{{% if n_audio is defined %}}\
-{{% if n_audio %}}{THINK_START}{{{{ '{THINK}' * n_audio }}}}{THINK_END}{{% endif %}}{{% else %}}\
-{{% for m in messages %}}{{% for c in ([m] if m.content is string else m.content) %}}\
-{{% if c.type in ('audio', 'audio_url', 'input_audio') or c.content is string and \
-('<|AUDIO|>' in c.content or '<sound>' in c.content) %}}\
-{{{{ raise_exception('this model has to think first: give the chat template n_audio, the number of '
-'audio tokens, 25 a second; README.md of the model shows how') }}}}\
-{{% endif %}}{{% endfor %}}{{% endfor %}}{{% endif %}}{{% endif %}}"""
+    """Raises InputError if a text spells a special token: it would become that token."""
+    found = coat.special_tokens.search(text)
+    if found:
+        raise InputError(f"the text contains the special token {found[0]}; remove it")
 
 
 def render_prompt(coat, question, n_pieces):
     """The chat as the released template renders it, with `n_pieces` audio placeholders, up to the
     assistant header. Raises InputError, see check_text."""
     check_text(coat, question)
-    content = [{"type": "text", "text": question}]
-    if n_pieces:
-        content.insert(0, {"type": "audio"})
+    content = [{"type": "audio"}] * bool(n_pieces) + [{"type": "text", "text": question}]
     prompt = coat.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
     return prompt.replace(coat.backbone.audio_token, coat.backbone.audio_token * n_pieces)
 
 
-def window_seconds(coat):
-    """How much audio the processor takes; longer clips go in pieces."""
-    return coat.backbone.piece_seconds or coat.processor.feature_extractor.chunk_length
-
-
 def encode_row(coat, wave, prompt, response=None, think=True):
     """One row of build_inputs -> its ids (list), how many of them at the end are targets (response,
     eos), n_audio, and what the processor made of the sound (dict, empty without)."""
-    tokenizer = coat.processor.tokenizer
     n_audio = 0
     pieces = []
     if wave is not None:
+        wave = as_wave(wave)
         check_seconds(len(wave) / SAMPLE_RATE, "the clip")
         n_audio = n_audio_tokens(len(wave))
-        cut = wave.split(round(window_seconds(coat) * SAMPLE_RATE))
+        cut = wave.split(round(coat.backbone.piece_seconds * SAMPLE_RATE))
         # A rest under 30 ms after a whole piece makes no token; the tower would see only padding.
         pieces = [piece.numpy() for piece in cut if n_audio_tokens(len(piece))]
 
-    # What is about sound goes in audio_kwargs: flat keywords would reach the tokenizer too.
-    out = coat.processor(
-        text=render_prompt(coat, prompt, len(pieces)),
-        audio=pieces or None,
-        return_tensors="pt",
+    out = coat.processor(    # flat keywords would reach the tokenizer too
+        text=render_prompt(coat, prompt, len(pieces)), audio=pieces or None, return_tensors="pt",
         audio_kwargs={"sampling_rate": SAMPLE_RATE, **coat.backbone.audio_kwargs})
     ids = out.pop("input_ids")[0].tolist()
     out.pop("attention_mask")
-    found = ids.count(tokenizer.convert_tokens_to_ids(coat.backbone.audio_token))
+    found = ids.count(coat.audio_id)
     assert found == n_audio, f"the processor made {found} audio tokens where L_a is {n_audio}"
     if think:
         ids += think_block(n_audio, coat.think_ids)
     target = []
     if response is not None:
-        target += tokenizer(response, add_special_tokens=False).input_ids
-        target.append(tokenizer.convert_tokens_to_ids(coat.backbone.eos[0]))
+        check_text(coat, response)
+        target = coat.processor.tokenizer(response, add_special_tokens=False).input_ids
+        target.append(coat.eos_ids[0])
     return ids + target, len(target), n_audio, dict(out) if pieces else {}
 
 
-def pad_batch(coat, rows, padding_side="left"):
-    """Results of encode_row -> what build_inputs returns, with labels."""
-    tokenizer = coat.processor.tokenizer
-    audio_id = tokenizer.convert_tokens_to_ids(coat.backbone.audio_token)
+def pad_batch(coat, rows):
+    """Results of encode_row -> what build_inputs returns."""
     T = max(len(ids) for ids, *_ in rows)
-    input_ids = torch.full((len(rows), T), tokenizer.pad_token_id)
+    input_ids = torch.full((len(rows), T), coat.processor.tokenizer.pad_token_id)
     attention_mask = torch.zeros(len(rows), T, dtype=torch.long)
     labels = torch.full((len(rows), T), IGNORE)
     audio = {}
     for i, (ids, n_target, _, features) in enumerate(rows):
-        start = T - len(ids) if padding_side == "left" else 0
-        end = start + len(ids)
-        input_ids[i, start:end] = torch.tensor(ids)
-        attention_mask[i, start:end] = 1
-        labels[i, end - n_target:end] = input_ids[i, end - n_target:end]
+        input_ids[i, T - len(ids):] = torch.tensor(ids)
+        attention_mask[i, T - len(ids):] = 1
+        labels[i, T - n_target:] = input_ids[i, T - n_target:]
         for name, value in features.items():
             audio.setdefault(name, []).append(value)
     return {
@@ -256,32 +294,26 @@ def pad_batch(coat, rows, padding_side="left"):
         "attention_mask": attention_mask,
         "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
         "think_mask": input_ids == coat.think_ids[1],
-        "audio_mask": input_ids == audio_id,
+        "audio_mask": input_ids == coat.audio_id,
         "labels": labels,
         "n_audio": torch.tensor([n_audio for _, _, n_audio, _ in rows]),
         "audio": {name: torch.cat(values) for name, values in audio.items()},
     }
 
 
-def build_inputs(coat, waves, prompts, responses=None, think=None, padding_side="left"):
-    """A batch from rows; without `responses` it ends where generation starts.
+def build_inputs(coat, waves, prompts, responses=None, think=None):
+    """A batch from rows; without `responses` it ends where generation starts. Raises InputError on
+    a clip out of range or a special token in a text.
 
-    coat       anything with .backbone, .processor, .think_ids (CoAT, or its `.spec` in a worker)
-    waves      list of (N,) float32 tensors at 16 kHz, or None for a row without audio and block
+    coat       a CoAT, or its `.spec` in a worker
+    waves      list of (N,) floats at 16 kHz, or None for a row without audio and block
     think      whether prompts have the block; None: as the model was trained
-    Returns a dict: input_ids, attention_mask, position_ids, think_mask, audio_mask and, with
-    responses, labels, each (B, T); n_audio (B,); audio, what the processor made of the sound.
-    Raises InputError on a clip out of range or a reserved token in a prompt."""
+    Returns a dict: input_ids, attention_mask, position_ids, think_mask, audio_mask and labels, each
+    (B, T); n_audio (B,); audio, what the processor made of the sound."""
     think = coat.think if think is None else think
-    rows = []
-    for i, (wave, prompt) in enumerate(zip(waves, prompts, strict=True)):
-        response = responses[i] if responses else None
-        rows.append(encode_row(coat, wave, prompt, response, think))
-
-    batch = pad_batch(coat, rows, padding_side)
-    if responses is None:
-        del batch["labels"]
-    return batch
+    responses = responses or [None] * len(waves)
+    return pad_batch(coat, [encode_row(coat, *row, think)
+                            for row in zip(waves, prompts, responses, strict=True)])
 
 
 def pad_rows(flat, lengths):
@@ -292,6 +324,13 @@ def pad_rows(flat, lengths):
     valid = torch.arange(L, device=flat.device) < lengths.to(flat.device)[:, None]    # (B, L)
     zeros = flat.new_zeros(*valid.shape, flat.shape[-1])                              # (B, L, D)
     return zeros.masked_scatter(valid[..., None], flat), valid
+
+
+def to_device(value, device):
+    """A tensor, or the tensors in a dict, on a device."""
+    if isinstance(value, dict):
+        return {key: to_device(inner, device) for key, inner in value.items()}
+    return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -310,9 +349,8 @@ class Slots(StaticLayer):
 
 
 class Output(NamedTuple):
-    think_states: torch.Tensor    # (B, L, D) final-layer states at the thinking tokens, H_think;
-                                  # of a model without the block at the audio tokens
-    audio_embeds: torch.Tensor    # (B, L, D) what the LM consumed there, x_A; no gradient
+    think_states: torch.Tensor    # (B, L, D) H_think; without the block, states at the audio tokens
+    audio_embeds: torch.Tensor    # (B, L, D) x_A, what the LM consumed there; no gradient
     valid: torch.Tensor           # (B, L) which of these are real
     ce_sum: torch.Tensor          # () sum of the cross-entropy over the response tokens
     n_targets: int                # how many there are
@@ -332,6 +370,11 @@ class CoAT(nn.Module):
         self.think_ids = think_ids
         self.think = think
         self.backbone = BACKBONES[name]
+        tokenizer = processor.tokenizer
+        self.audio_id, *self.eos_ids = tokenizer.convert_tokens_to_ids(
+            [self.backbone.audio_token, *self.backbone.eos])
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self.special_tokens = re.compile("|".join(map(re.escape, special)))
         suppressed_ids = torch.tensor(think_ids, device=lm.device)
         self.register_buffer("suppressed_ids", suppressed_ids, persistent=False)
 
@@ -343,18 +386,12 @@ class CoAT(nn.Module):
     @property
     def spec(self):
         """What build_inputs needs, without the weights (for data workers)."""
-        return SimpleNamespace(
-            backbone=self.backbone, processor=self.processor, think_ids=self.think_ids,
-            think=self.think)
-
-    @property
-    def eos_ids(self):
-        """Ids of the tokens that stop generation."""
-        return self.processor.tokenizer.convert_tokens_to_ids(list(self.backbone.eos))
+        names = "backbone processor think think_ids audio_id eos_ids special_tokens"
+        return SimpleNamespace(**{name: getattr(self, name) for name in names.split()})
 
     @property
     def new_projector(self):
-        """The parameters of a projector that is trained, see compose; of other backbones none."""
+        """The parameters of a projector that is trained."""
         return [p for name, p in self.lm.named_parameters()
                 if "modules_to_save" in name and p.requires_grad]
 
@@ -375,47 +412,39 @@ class CoAT(nn.Module):
         for layer in self.hf.model.language_model.layers:
             layer.compile(dynamic=True)
 
-    def audio_inputs(self, batch):
-        """batch["audio"] in the dtype of the tower, which not every class casts to by itself."""
-        dtype = self.hf.model.audio_tower.dtype
-        inputs = {}
-        for name, value in batch["audio"].items():
-            inputs[name] = value.to(dtype) if value.is_floating_point() else value
-        return inputs
-
     def states(self, batch, **kwargs):
         """Final states (after the last norm) and the embeddings that went in, both (B, T, D);
         kwargs go to the model."""
+        dtype = self.hf.model.audio_tower.dtype    # not every class casts to it by itself
+        audio = {name: value.to(dtype) if value.is_floating_point() else value
+                 for name, value in batch["audio"].items()}
         embeds = []
         hook = self.hf.model.language_model.register_forward_pre_hook(
             lambda module, args, inputs: embeds.append(inputs["inputs_embeds"]), with_kwargs=True)
         try:
-            out = self.hf.model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                position_ids=batch["position_ids"],
-                **self.audio_inputs(batch), **kwargs)
+            names = ("input_ids", "attention_mask", "position_ids")
+            out = self.hf.model(**{name: batch[name] for name in names}, **audio, **kwargs)
         finally:
             hook.remove()
         return out.last_hidden_state, embeds[0]
 
     def forward(self, batch):
-        """-> Output. Logits, the larger half at 156,032 ids, are computed at the response alone."""
+        """What build_inputs returned -> Output. Logits, the larger half at 156,032 ids, are
+        computed at the response alone."""
+        batch = to_device(batch, self.hf.device)
         h, embeds = self.states(batch, use_cache=False)    # (B, T, D) each
         at = batch["think_mask"] if self.think else batch["audio_mask"]    # the control
         think_states, valid = pad_rows(h[at], at.sum(1))
         audio_embeds, _ = pad_rows(embeds.detach()[batch["audio_mask"]], batch["n_audio"])
-        labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORE))    # a prompt alone
-        targets = labels[:, 1:]
+        targets = batch["labels"][:, 1:]
         is_target = targets != IGNORE
         logits = self.hf.lm_head(h[:, :-1][is_target]).float()    # (n_targets, V)
-        ce_sum = F.cross_entropy(logits, targets[is_target], reduction="sum")
+        ce_sum = F.cross_entropy(logits, targets[is_target], reduction="sum")    # equation 1
         return Output(think_states, audio_embeds, valid, ce_sum, len(logits))
 
-    def next_ids(self, h):
-        """Final states (B, T, D) -> (B,) the likeliest next tokens, never the block's."""
-        logits = self.hf.lm_head(h[:, -1]).float()    # (B, V)
-        return logits.index_fill(1, self.suppressed_ids, -torch.inf).argmax(-1)
+    def next_ids(self, logits):
+        """(B, V) -> (B,) the likeliest next tokens, never the block's."""
+        return logits.float().index_fill(1, self.suppressed_ids, -torch.inf).argmax(-1)
 
     def decode(self, token, visible, cache):
         """A step: tokens (B,) -> the next ones (B,). visible (B, S): which slots to attend to."""
@@ -424,9 +453,8 @@ class CoAT(nn.Module):
             inputs_embeds=decoder.embed_tokens(token[:, None]),    # (B, 1, D)
             attention_mask=visible[:, None, None],                 # (B, 1, 1, S)
             position_ids=visible.sum(-1, keepdim=True) - 1,        # (B, 1)
-            past_key_values=cache,
-            use_cache=True)
-        return self.next_ids(out.last_hidden_state)
+            use_cache=True, **{CACHE: cache})
+        return self.next_ids(self.hf.lm_head(out.last_hidden_state[:, -1]))
 
     def compile_decode(self, **kwargs):
         """Fuses the small kernels of a step, once for all lengths, and on a GPU replays them as a
@@ -438,34 +466,46 @@ class CoAT(nn.Module):
     @torch.inference_mode()
     def stream(self, batch, max_new_tokens=128, stop=True):
         """Greedy decoding: yields (B,) ids a step until every row has ended, padding for those that
-        have: one prefill over prompt and block, then one step a token.
-
-        The batch must be left padded. With stop=False all max_new_tokens are decoded whatever they
-        are (for timing)."""
+        have: one prefill over prompt and block, then one step a token. With stop=False (for
+        timing) rows never end. Raises InputError if the logits are no numbers."""
+        batch = to_device(batch, self.hf.device)
         B, T = batch["input_ids"].shape
-        layers = [Slots(T + max_new_tokens) for _ in self.hf.model.language_model.layers]
-        cache = transformers.Cache(layers)
+        n_slots = T + max_new_tokens
+        cache = transformers.Cache([Slots(n_slots) for _ in self.hf.model.language_model.layers])
         visible = F.pad(batch["attention_mask"].bool(), (0, max_new_tokens))    # (B, S)
-        h, _ = self.states(batch, past_key_values=cache, use_cache=True)
-        ids = self.next_ids(h)
+        h, _ = self.states(batch, use_cache=True, **{CACHE: cache})
+        logits = self.hf.lm_head(h[:, -1])
+        if not logits.isfinite().all():
+            raise InputError(f"{self.name} gives NaN or infinity; are its weights damaged?")
+        ids = self.next_ids(logits)
         eos = torch.tensor(self.eos_ids, device=ids.device)
         done = torch.zeros(B, dtype=torch.bool, device=ids.device)
         for step in range(max_new_tokens):
             token = torch.where(done, self.processor.tokenizer.pad_token_id, ids)
             yield token
-            done = done | torch.isin(token, eos)
-            if step == max_new_tokens - 1 or stop and done.all():
+            if stop:
+                done |= torch.isin(token, eos)
+            if step == max_new_tokens - 1 or done.all():
                 return
-            if not stop:
-                done = torch.zeros_like(done)
             visible[:, T + step] = True
-            ids = self.decode(token, visible, cache).clone()
+            ids = self.decode(token, visible, cache).clone()    # a graph writes to one place
 
     def generate(self, batch, max_new_tokens=128):
         """Greedy answers, one string a row."""
         ids = torch.stack(list(self.stream(batch, max_new_tokens)), dim=1)    # (B, steps)
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def answer(self, wave, rate, question, max_new_tokens=128):
+        """The answer to a question about a clip, or, given lists of all three, a list of answers.
+        Raises InputError, see also build_inputs.
+
+        wave    (N,) floats in [-1, 1], mono, numpy or torch, `rate` a second; None: no audio"""
+        if not isinstance(wave, (list, tuple)):
+            return self.answer([wave], [rate], [question], max_new_tokens)[0]
+        waves = [clip if clip is None else at_rate(as_wave(clip), hertz, SAMPLE_RATE)
+                 for clip, hertz in zip(wave, rate, strict=True)]
+        return self.generate(build_inputs(self, waves, question), max_new_tokens)
 
     def merge(self):
         """Folds the adapter into the weights: the same function, without its cost at each step."""
@@ -476,94 +516,84 @@ class CoAT(nn.Module):
             dtype = self.hf.dtype
             for module in self.lm.modules():
                 if isinstance(module, LoraLayer):    # peft would round the update before adding it
-                    weight = module.base_layer.weight
-                    weight.data = weight.data.float()
+                    module.base_layer.float()
                     module.merge()
-                    weight.data = weight.data.to(dtype)
-            self.lm = self.lm.merge_and_unload().to(dtype)    # and the rows of the three tokens
+                    module.base_layer.to(dtype)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "All adapters are already merged")
+                self.lm = self.lm.merge_and_unload().to(dtype)    # and the rows of the tokens
         return self
 
     def save(self, folder):
-        """Writes a plain PEFT adapter or, once merged, a plain transformers model, with the
-        processor, and in coat.json which backbone they belong to and whether prompts have the
-        block."""
-        if isinstance(self.lm, peft.PeftModel):
+        """Writes a plain PEFT adapter or, once merged, a plain transformers model, the processor
+        and, in coat.json, the backbone and whether prompts have the block."""
+        is_adapter = isinstance(self.lm, peft.PeftModel)
+        if is_adapter:
             self.lm.save_pretrained(folder, save_embedding_layers=False)
-        else:
-            self.save_merged(folder)
+        else:    # transformers' generate finds in its settings what `stream` does
+            self.lm.generation_config = transformers.GenerationConfig(
+                do_sample=False, suppress_tokens=self.think_ids, eos_token_id=self.eos_ids,
+                pad_token_id=self.processor.tokenizer.pad_token_id)
+            self.lm.save_pretrained(folder)
         if self.name == "qwen2.5-omni":
-            self.copy_image_settings(folder)
+            self.complete_omni(folder, is_adapter)
         template = self.processor.chat_template
-        if self.think:
-            self.processor.chat_template = template + BLOCK_TEMPLATE
+        if self.think:    # no server may forget the block
+            self.processor.chat_template = template + read_asset("thinking_block.jinja")
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"    # for generation
         self.processor.save_pretrained(folder)
         self.processor.chat_template = template
         known = {"backbone": self.name, "model_path": self.model_path, "think": self.think}
         write_file(os.path.join(folder, "coat.json"), json.dumps(known))
-        if self.think:
-            self.write_card(folder)
+        if self.think and not (is_adapter and self.name == "tiny"):    # it has no base model
+            self.write_card(folder, "adapter_card.md" if is_adapter else "model_card.md")
 
-    def write_card(self, folder):
+    def write_card(self, folder, card):
         """README.md: how to use the folder without this code."""
-        is_adapter = isinstance(self.lm, peft.PeftModel)
-        found = origins(self.name, self.model_path)
-        if is_adapter and len(found) != 1:    # only for a backbone that is one folder
-            return
-        card = os.path.join(ASSETS, "adapter_card.md" if is_adapter else "model_card.md")
-        stock = next(kind for kind in type(self.hf).__mro__
-                     if kind.__module__.startswith("transformers."))
-        names = [origin["pretrained_model_name_or_path"] for origin in found]
-        revision = found[0].get("revision") if found else None
-        with open(card, encoding="utf-8") as file:
-            text = string.Template(file.read()).substitute(
-                name=self.name, licence=self.backbone.licence, model_class=stock.__name__,
-                dtype=str(self.hf.dtype).removeprefix("torch."), origins=json.dumps(names),
-                origin="".join(names[:1]), revision=f', revision="{revision}"' if revision else "",
-                window=f"{window_seconds(self):.0f}")
-        write_file(os.path.join(folder, "README.md"), text)
+        files = origin(self.name, self.model_path)
+        names = [files["pretrained_model_name_or_path"]] if files else []
+        write_file(os.path.join(folder, "README.md"), string.Template(read_asset(card)).substitute(
+            name=self.name, licence=getattr(self.hf.config, "licence", self.backbone.licence),
+            model_class=type(self.hf).__name__, dtype=str(self.hf.dtype).removeprefix("torch."),
+            origins=json.dumps(names), origin="".join(names),
+            revision=f', revision="{files["revision"]}"' if "revision" in files else "",
+            window=f"{self.backbone.piece_seconds:.0f}"))
 
-    def save_merged(self, folder):
-        """The plain model, in whose settings transformers' generate finds what `stream` does."""
-        self.lm.generation_config = transformers.GenerationConfig(
-            do_sample=False,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
-            suppress_tokens=self.think_ids,
-            eos_token_id=self.eos_ids)
-        self.lm.save_pretrained(folder)
-
-    def copy_image_settings(self, folder):
-        """The full processor of Qwen2.5-Omni, which ours is a part of, wants them."""
-        origin, = origins(self.name, self.model_path)
+    def complete_omni(self, folder, is_adapter):
+        """Adds what plain classes of Qwen2.5-Omni want: the settings for images, and a merged
+        thinker's config inside the full model's, the only one that vLLM knows."""
+        files = origin(self.name, self.model_path)
         settings = transformers.utils.cached_file(
-            origin["pretrained_model_name_or_path"], "preprocessor_config.json",
-            revision=origin.get("revision"), _raise_exceptions_for_missing_entries=False,
+            files.pop("pretrained_model_name_or_path"), "preprocessor_config.json", **files,
+            _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False)
         if settings:
             shutil.copy(settings, folder)
+        if not is_adapter:
+            path = os.path.join(folder, "config.json")
+            thinker = read_json(path)
+            thinker["text_config"]["tie_word_embeddings"] = False    # vLLM takes its word for it
+            write_file(path, json.dumps({
+                "architectures": ["Qwen2_5OmniForConditionalGeneration"],
+                "model_type": "qwen2_5_omni", "enable_audio_output": False,
+                "dtype": thinker["dtype"], "thinker_config": thinker}, indent=2))
 
 
 # --------------------------------------------------------------------------------------------------
 # Loading
 
-def saved_as(folder):
-    """What CoAT.save wrote of a folder: {"backbone", "model_path", "think"}. Raises InputError."""
-    return read_json(os.path.join(folder, "coat.json"))
-
-
-def backbone_of(name):
-    """The row of BACKBONES that a name given to load_coat stands for. Raises InputError."""
-    return name if name in BACKBONES else saved_as(latest_checkpoint(name))["backbone"]
-
-
 def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype=None,
-              random=False):
-    """A CoAT: a backbone with the three tokens and, if it was or is to be trained, LoRA.
+              random=False, train_projector=False):
+    """A CoAT: a backbone with the three tokens and, if it was or is to be trained, LoRA. Raises
+    InputError. Prompts have the block if it was trained so or is to be; a bare backbone has none.
 
     name        a run, a checkpoint, a merged folder, or a name of BACKBONES
-    model_path  where that backbone's files are, see load_backbone; a run remembers it
-    trainable   the adapters and the rows of the three tokens get gradients, in fp32
-    Its prompts have the block if it was trained so, or is to be trained; a bare backbone has none.
-    Raises InputError on an unknown name or files that cannot be read."""
+    model_path  where that backbone's files are: a folder, or NAME@REVISION of the hub; a run knows
+    trainable   LoRA, which is new unless name has it, and the three rows get gradients, in fp32
+    dtype       bf16 on a GPU and fp32 on a CPU unless given
+    random      random weights at full size, for time and memory
+    train_projector    a new adapter trains the projector between tower and language model too"""
     adapter = None
     think = trainable
     if name not in BACKBONES:
@@ -577,13 +607,17 @@ def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype
             model_path = folder
     elif not trainable and model_path and os.path.isfile(os.path.join(model_path, "coat.json")):
         think = saved_as(model_path)["think"]
+    if model_path and os.path.isdir(model_path):
+        model_path = os.path.abspath(model_path)
     lm, processor = load_backbone(name, model_path, device, dtype, random)
-    think_ids = add_think_tokens(lm, processor.tokenizer)
+    think_ids = add_tokens(lm, processor.tokenizer)
     if adapter:
         lm = load_adapter(lm, adapter, name, trainable)
     elif trainable:
-        is_composed = len(origins(name, model_path)) == 2 and not random
-        lm = add_adapters(lm, BACKBONES[name], think_ids, new_projector=is_composed)
+        lm = peft.get_peft_model(lm, peft.LoraConfig(
+            r=BACKBONES[name].lora_r, lora_alpha=BACKBONES[name].lora_alpha,
+            target_modules=LORA_TARGETS, trainable_token_indices={"embed_tokens": think_ids},
+            modules_to_save=["multi_modal_projector"] if train_projector else None))
     if trainable:
         for p in lm.parameters():
             if p.requires_grad:
@@ -595,67 +629,64 @@ def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype
 
 
 def load_backbone(name, model_path=None, device="cpu", dtype=None, random=False):
-    """(model, processor) of a row of BACKBONES, frozen.
-
-    model_path  a local folder, or a NAME@REVISION of the hub; of `small` also two, with a comma:
-                Whisper's and a text model's. None: the table's
-    dtype       bf16 on a GPU and fp32 on a CPU unless given
-    random      random weights at full size, for time and memory
-    Raises InputError if the name is unknown or the files are missing or not this backbone's."""
+    """(model, processor) of a row of BACKBONES, frozen; see load_coat. Raises InputError."""
     if name not in BACKBONES:
         raise InputError(f"unknown backbone '{name}'; there are {', '.join(BACKBONES)}")
-    backbone = BACKBONES[name]
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    found = origins(name, model_path)
+    files = origin(name, model_path)
+    if random or not files:
+        model, processor = build_random(name, device, dtype)
+    else:
+        with reading(f"{name} from '{files['pretrained_model_name_or_path']}'"):
+            model, processor = read_backbone(BACKBONES[name], files, device, dtype)
+    return model.eval().requires_grad_(False), processor
+
+
+@contextlib.contextmanager
+def reading(what):
+    """What goes wrong while files are read, of any kind, becomes an InputError that names them."""
     try:
-        if random or not found:
-            model, processor = build_random(name, device, dtype)
-        elif len(found) == 2:
-            model, processor = compose(backbone, *found)
-        else:
-            model, processor = read_backbone(backbone, found[0], device, dtype)
+        yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as e:    # what transformers makes of a strange file is of any kind
-        # Its first sentence: what follows is advice about the hub.
-        reason = " ".join(str(e).split()).split(". ")[0].rstrip(".")
-        raise InputError(f"cannot load {name} from '{model_path or backbone.hub_id}': {reason} "
-                         f"({type(e).__name__}); give a local folder with its files as "
-                         "model_path") from e
-    return model.to(device, dtype).eval().requires_grad_(False), processor
+    except Exception as e:
+        reason = " ".join(str(e).split()).split(". ")[0][:300]    # then comes advice about the hub
+        raise InputError(f"cannot load {what}: {reason} ({type(e).__name__})") from e
 
 
-def origins(name, model_path=None):
-    """[keywords of from_pretrained that say where files of a backbone are]: none for tiny, one, or
-    two for `small`. Raises InputError."""
-    found = []
-    given = model_path or BACKBONES[name].hub_id
-    for part in filter(None, given.split(",") if name == "small" else [given]):
-        origin, _, revision = part.partition("@")
-        if os.path.isdir(part):
-            found.append({"pretrained_model_name_or_path": part})
-        elif revision or not model_path:
-            found.append({"pretrained_model_name_or_path": origin, "revision": revision or "main"})
-        else:
-            raise InputError(f"model_path '{part}': there is no folder of that name; give one, or "
-                             "NAME@REVISION of the hub")
-    return found
+def origin(name, model_path=None):
+    """Where a backbone's files are, as keywords of from_pretrained; tiny has none. Raises
+    InputError."""
+    given = str(model_path or BACKBONES[name].hub_id)
+    if os.path.isdir(given):
+        return {"pretrained_model_name_or_path": os.path.abspath(given)}
+    given, _, revision = given.partition("@")
+    if model_path and not revision:
+        raise InputError(f"there is no folder '{given}'; give one, or NAME@REVISION of the hub")
+    return {"pretrained_model_name_or_path": given, "revision": revision or "main"} if given else {}
 
 
-def read_backbone(backbone, origin, device, dtype):
-    """(model, processor) from a folder or the hub. Raises ValueError where transformers passes over
-    what is missing: it makes up a tokenizer, for one."""
-    config, _ = transformers.PreTrainedConfig.get_config_dict(**origin)
-    if config.get("model_type") not in backbone.model_types:
-        raise ValueError(f"its config.json is that of '{config.get('model_type')}'")
-    if config.get("quantization_config"):
-        raise ValueError("its weights are quantised, so an adapter could not be merged into them")
-    processor = backbone.processor_class.from_pretrained(**origin)
+def read_backbone(backbone, files, device, dtype):
+    """(model, processor) from a folder or the hub. Raises ValueError where transformers would make
+    up what is missing, such as a tokenizer."""
+    given, _ = transformers.PreTrainedConfig.get_config_dict(**files)
+    if given.get("model_type") not in backbone.model_types:
+        raise ValueError(f"its config.json is that of '{given.get('model_type')}'")
+    if None in (given.get(part, "") for part in ("text_config", "audio_config", "thinker_config")):
+        raise ValueError("a part of its config is null")    # it would be the default, of 30 GB
+    if given.get("quantization_config"):
+        raise ValueError("its weights are quantised; no adapter could be merged into them")
+    processor = backbone.processor_class.from_pretrained(**files)
     if not processor.chat_template:
         raise ValueError("it has no chat template")
-    processor.chat_template = processor.chat_template.partition(BLOCK_MARK)[0]
-    model = read_weights(backbone.model_class, origin, dtype=dtype, device_map=device)
+    # Without the block that CoAT.save added: ours is placed by encode_row.
+    processor.chat_template = processor.chat_template.partition("{# the thinking block #}")[0]
+    config = backbone.model_class.config_class.from_pretrained(**files)
+    if backbone.model_types[0] == "qwen2_5_omni":
+        config.vision_config.depth = 0    # also in what is saved, for plain transformers
+    model = read_weights(
+        backbone.model_class, files, config=config, dtype=dtype, device_map=device)
     audio_id = model.config.audio_token_id
     if processor.tokenizer.convert_tokens_to_ids(backbone.audio_token) != audio_id:
         raise ValueError("its tokenizer is missing, or not the one in which "
@@ -663,52 +694,14 @@ def read_backbone(backbone, origin, device, dtype):
     return model, processor
 
 
-def read_weights(model_class, origin, **kwargs):
+def read_weights(model_class, files, **kwargs):
     """A model with all of its weights. Raises ValueError where transformers fills in noise."""
     model, report = model_class.from_pretrained(
-        **origin, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    wrong = set(report["missing_keys"])
-    wrong.update(key for key, *_ in report["mismatched_keys"])    # they are only in the report
+        **files, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    wrong = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if wrong:
-        raise ValueError(f"it has no weights for {len(wrong)} tensors, or of another shape, "
-                         f"such as {min(wrong)}")
+        raise ValueError(f"{len(wrong)} tensors are missing or misshapen, such as {min(wrong)}")
     return model
-
-
-def compose(backbone, whisper, text_model):
-    """(model, processor) of Qwen2-Audio's classes from Whisper's encoder and a text model, each the
-    keywords of from_pretrained. The projector is random, the same every time, of a size at which
-    audio embeddings are as large as those of text. Raises ValueError."""
-    encoder = read_weights(transformers.WhisperModel, whisper, dtype=torch.float32).encoder
-    lm = read_weights(transformers.AutoModelForCausalLM, text_model, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**text_model)
-    if not set(backbone.eos) <= set(tokenizer.get_vocab()):
-        raise ValueError(f"its text model has no {' or '.join(backbone.eos)}, so it is not ChatML")
-    tokenizer.pad_token = backbone.eos[1]
-    marks = [backbone.audio_token, "<|audio_bos|>", "<|audio_eos|>"]
-    audio_id, *_ = add_tokens(lm, tokenizer, marks)
-
-    sizes = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads",
-             "encoder_ffn_dim", "max_source_positions")
-    config = transformers.Qwen2AudioConfig(
-        text_config=lm.config.to_dict(), audio_token_index=audio_id,
-        audio_config={name: getattr(encoder.config, name) for name in sizes})
-    config.tie_word_embeddings = False    # the head becomes a copy
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = backbone.model_class(config)
-        projector = model.model.multi_modal_projector.linear
-        nn.init.normal_(projector.weight)
-    model.model.audio_tower.load_state_dict(encoder.state_dict())
-    model.model.language_model.load_state_dict(lm.model.state_dict())
-    embeddings = lm.get_input_embeddings().weight
-    model.lm_head.load_state_dict({"weight": lm.get_output_embeddings().weight})
-    loudness = encoder.layer_norm.weight.norm()    # of a state of the tower, about
-    projector.weight.data *= embeddings.pow(2).mean().sqrt() / loudness
-
-    extractor = transformers.WhisperFeatureExtractor.from_pretrained(**whisper)
-    template = TEMPLATE.replace("AUDIO_MARKS", backbone.audio_marks)
-    return model, backbone.processor_class(extractor, tokenizer, chat_template=template)
 
 
 # What the released templates render for text and one clip, for a processor without its files.
@@ -723,8 +716,10 @@ You are a helpful assistant.<|im_end|>
 {% endif %}"""
 
 
-def build_processor(backbone):
-    """The backbone's own processor class around a byte-level tokenizer, offline."""
+def build_random(name, device, dtype):
+    """(model, processor) without files: random weights, of full size but for tiny, and the own
+    processor class around a byte-level tokenizer."""
+    backbone = BACKBONES[name]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", backbone.audio_token]
     named = {}
     if "<|audio_bos|>" in backbone.audio_marks:
@@ -734,66 +729,45 @@ def build_processor(backbone):
     tokenizer = transformers.Qwen2Tokenizer(
         vocab=vocab, merges=[], extra_special_tokens=special[1:],
         model_specific_special_tokens=named)
+    config = backbone.model_class.config_class(
+        text_config=dict(backbone.text_config), audio_config=dict(backbone.audio_config))
+    config.audio_token_id = vocab[backbone.audio_token]
+    if name == "qwen2.5-omni":
+        config.vision_config.depth = 0
+        config.vision_start_token_id = None    # read by its forward, in no class; no token has it
+    window = config.audio_config.max_source_positions // 50    # s
     extractor = transformers.WhisperFeatureExtractor(
-        feature_size=128, chunk_length=backbone.window_seconds, return_attention_mask=True)
-    return backbone.processor_class(
+        feature_size=128, chunk_length=window, return_attention_mask=True)
+    processor = backbone.processor_class(
         feature_extractor=extractor, tokenizer=tokenizer,
         chat_template=TEMPLATE.replace("AUDIO_MARKS", backbone.audio_marks))
-
-
-def build_random(name, device="cpu", dtype=torch.float32, seed=0):
-    """(model, processor) with weights drawn from `seed`; all but tiny at their full size."""
-    backbone = BACKBONES[name]
-    processor = build_processor(backbone)
-    with open(os.path.join(ASSETS, "backbones.json")) as file:    # what differs from the class's own
-        config = backbone.model_class.config_class(**json.load(file)[name])
-    config.vision_start_token_id = None    # read by Omni's forward, in no class; no token has it
-    config.audio_token_id = processor.tokenizer.convert_tokens_to_ids(backbone.audio_token)
     # 8 B weights had better be drawn where they live; tiny is the same on every device.
-    drawn_on = "cpu" if name == "tiny" else device
-    drawn_as = torch.float32 if name == "tiny" else dtype
-    with torch.random.fork_rng(devices=[]), torch.device(drawn_on):
-        torch.manual_seed(seed)
-        model = backbone.model_class._from_config(config, dtype=drawn_as)
+    where, kind = ("cpu", torch.float32) if name == "tiny" else (device, dtype)
+    with torch.random.fork_rng(devices=[]), torch.device(where):
+        torch.manual_seed(0)
+        model = backbone.model_class._from_config(config, dtype=kind)
     return model.to(device, dtype), processor
 
 
-def add_think_tokens(model, tokenizer):
-    """Adds the three tokens -> their ids. A merged checkpoint knows them and keeps their rows."""
-    return add_tokens(model, tokenizer, [THINK_START, THINK, THINK_END])
-
-
-def add_tokens(model, tokenizer, tokens):
-    """Adds tokens -> their ids. Rows of new ones start as the mean of the used rows, the same
-    everywhere."""
+def add_tokens(model, tokenizer, tokens=(THINK_START, THINK, THINK_END)):
+    """Adds tokens -> their ids. New rows start as the mean of the used ones, the same everywhere;
+    a merged folder knows the tokens and keeps its rows."""
     used = len(tokenizer)
-    n_new = tokenizer.add_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in tokens],
-        special_tokens=True)
-    ids = tokenizer.convert_tokens_to_ids(tokens)
-    # A table with spare rows never shrinks.
-    if max(ids) >= model.get_input_embeddings().num_embeddings:
+    added = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    n_new = tokenizer.add_tokens(added, special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    if max(ids) >= model.get_input_embeddings().num_embeddings:    # spare rows stay
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     if n_new:
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
             table = embedding.weight.data    # (V, D)
-            mean = table[:min(used, min(ids))].mean(0, dtype=torch.float32)
-            table[ids] = mean.to(table.dtype)
+            table[ids] = table[:used].mean(0, dtype=torch.float32).to(table.dtype)
     return ids
 
 
-def add_adapters(model, backbone, think_ids, new_projector=False):
-    """The PeftModel with new LoRA on the language model and trainable rows of the three tokens; a
-    new projector is trained and saved with them."""
-    return peft.get_peft_model(model, peft.LoraConfig(
-        r=backbone.lora_r, lora_alpha=backbone.lora_alpha, target_modules=LORA_TARGETS,
-        trainable_token_indices={"embed_tokens": think_ids},
-        modules_to_save=["multi_modal_projector"] if new_projector else None))
-
-
 def load_adapter(lm, folder, name, trainable=False):
-    """The PeftModel of a saved adapter. Raises InputError if it is damaged or another model's."""
-    try:
+    """The PeftModel of a saved adapter. Raises InputError."""
+    with reading(f"the adapter in '{folder}' for {name}"):
         config = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = not trainable
         lm = peft.PeftModel(lm, config)
@@ -802,90 +776,42 @@ def load_adapter(lm, folder, name, trainable=False):
             raise ValueError(f"it has no {loaded.missing_keys[0]}")
         if loaded.unexpected_keys:
             raise ValueError(f"its settings leave no place for {loaded.unexpected_keys[0]}")
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as e:    # what peft makes of a strange file is of any kind
-        reason = " ".join(str(e).split())[:300]
-        raise InputError(f"the adapter in '{folder}' is damaged or not of {name}: {reason} "
-                         f"({type(e).__name__}); give another checkpoint") from e
     return lm
 
 
-# How names in a model began before transformers 5, and how they begin now.
-BEFORE_5 = {
-    "language_model.model.": "model.language_model.",
-    "language_model.lm_head.": "lm_head.",
-    "audio_tower.": "model.audio_tower.",
-    "multi_modal_projector.": "model.multi_modal_projector.",
-}
-
-
-def name_since_5(key):
-    """The name of a tensor in an old adapter's file -> its name in the model."""
-    key = key.removeprefix("base_model.model.")
-    for old, new in BEFORE_5.items():
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    return key
-
-
 def load_text_think(name, folder, model_path=None, device="cpu", dtype=None):
-    """A backbone with its authors' adapter that reasons in text, merged: Audio Flamingo 3's, see
-    table 2 and appendix D.
+    """A backbone with its authors' adapter that reasons in text, merged: Audio Flamingo 3's (table
+    2, appendix D). Raises InputError.
 
-    folder  its `think` folder: a PEFT adapter and non_lora_trainables.bin
-    Raises InputError if one of the files is missing or does not fit."""
+    folder  its `think` folder: a PEFT adapter and non_lora_trainables.bin"""
     lm, processor = load_backbone(name, model_path, device, dtype)
     path = os.path.join(folder, "non_lora_trainables.bin")
     weights = {}
     for key, value in torch.load(path, map_location=device, weights_only=True).items():
-        weights[name_since_5(key)] = value.to(lm.dtype)
+        key = key.removeprefix("base_model.model.")
+        for old, new in BEFORE_5.items():
+            key = re.sub("^" + re.escape(old), new, key)
+        weights[key] = value.to(lm.dtype)
     # load_state_dict would pass over the names of another layout in silence.
     unknown = lm.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
-        raise InputError(f"non_lora_trainables.bin in '{folder}' has {len(unknown)} tensors that "
-                         f"{name} has not, such as {unknown[0]}; it belongs to another model")
+        raise InputError(f"'{path}' is of another model: {name} has no {unknown[0]}")
     lm = load_adapter(lm, folder, name)
-    think_ids = add_think_tokens(lm.get_base_model(), processor.tokenizer)
+    think_ids = add_tokens(lm.get_base_model(), processor.tokenizer)
     return CoAT(lm, processor, name, model_path, think_ids, think=False).merge()
 
 
+# How names in a model began before transformers 5, and how they begin now.
+BEFORE_5 = {"language_model.model.": "model.language_model.", "audio_tower.": "model.audio_tower.",
+            "multi_modal_projector.": "model.multi_modal_projector."}
+
+
 # --------------------------------------------------------------------------------------------------
-# What the user gave: errors, flags, devices, folders of runs
+# What the programs share: files, flags, devices, folders of runs
 
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line that says what to do."""
-
-
-class TooLong(InputError):
-    """A clip above MAX_SECONDS, which the paper skips in training and in scoring (appendix B)."""
-
-
-def check_seconds(seconds, what):
-    """Raises InputError, or TooLong, unless a clip lasts MIN_SECONDS to MAX_SECONDS."""
-    message = f"{what} lasts {seconds:.2f} s; give {MIN_SECONDS} to {MAX_SECONDS:.0f} s"
-    if seconds > MAX_SECONDS:
-        raise TooLong(f"{message}, or cut it with \"start\" and \"end\"")
-    if not seconds >= MIN_SECONDS:    # so that NaN is refused too
-        raise InputError(message)
-
-
-def one_line_errors(*kinds, less_memory="a smaller batch"):
-    """Lets a program end in one line, without a traceback, where the fault is the user's.
-
-    kinds        exceptions beside InputError that say so
-    less_memory  what to try when memory runs out"""
-    def hook(kind, error, trace):
-        reason = " ".join(str(error).split()) or kind.__name__
-        if issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
-            reason = f"no memory left ({reason[:200]}); less is needed with {less_memory}"
-        elif issubclass(kind, ImportError):
-            reason += "; pip install -r requirements.txt"
-        elif not issubclass(kind, (InputError, OSError, KeyboardInterrupt, *kinds)):
-            return sys.__excepthook__(kind, error, trace)
-        print(f"error: {reason}", file=sys.stderr)
-
-    sys.excepthook = hook
+def read_asset(name):
+    with open(os.path.join(ASSETS, name), encoding="utf-8") as file:
+        return file.read()
 
 
 def read_json(path):
@@ -894,8 +820,8 @@ def read_json(path):
         with open(path, encoding="utf-8") as file:
             return dict(json.load(file))
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise InputError(f"'{path}' is missing or damaged ({e}); give a folder that this code wrote, "
-                         "or copy it again") from e
+        raise InputError(f"'{path}' is missing or damaged ({e}); give a folder that this code "
+                         "wrote, or copy it again") from e
 
 
 def write_file(path, text):
@@ -919,18 +845,15 @@ COUNT = in_range(int, 1, 2 ** 20)    # rows, tokens, clips: more is a slip of th
 WORKERS = in_range(int, 0, 1024)
 
 
-def usable_device(name=None, backbone="tiny"):
-    """The torch.device called `name`; without a name the GPU or, for a light backbone, the CPU.
-
-    Raises InputError if this machine cannot use it."""
-    if name is None and not torch.cuda.is_available() and backbone not in LIGHT:
-        raise InputError(f"torch {torch.__version__} finds no GPU for {backbone} (CUDA 13 needs "
-                         "driver 580 or later); to go on without, in fp32, say cpu as device")
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+def usable_device(device=None, name="tiny"):
+    """The torch.device of this name for a model, see load_coat. None: the GPU or, for tiny, the
+    CPU. Raises InputError if there is no GPU."""
+    backbone = name if name in BACKBONES else saved_as(latest_checkpoint(name))["backbone"]
+    if device is None and not torch.cuda.is_available() and backbone != "tiny":
+        raise InputError(f"torch {torch.__version__} finds no GPU (CUDA 13 needs driver 580 or "
+                         f"later); to run {backbone} without, in fp32, say --device cpu")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
-        if not (device.index or 0) < torch.cuda.device_count():
-            raise InputError(f"there is no {device}; torch {torch.__version__} finds "
-                             f"{torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
         # With a mask and some lengths the backward pass of cuDNN's attention, which torch 2.11
         # prefers on Hopper and later, gives NaN (pytorch issue 196678).
@@ -938,26 +861,25 @@ def usable_device(name=None, backbone="tiny"):
     return device
 
 
-def mixed_precision(device):
-    """The autocast of a training step: bf16 on a GPU, nothing on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def saved_as(folder):
+    """What CoAT.save wrote of a folder: {"backbone", "model_path", "think"}. Raises InputError."""
+    return read_json(os.path.join(folder, "coat.json"))
 
 
 def checkpoint_steps(run):
     """Steps of the whole checkpoint-STEP folders of a run, in order."""
     names = os.listdir(run) if os.path.isdir(run) else []
-    matches = [re.fullmatch(r"checkpoint-(\d+)", name) for name in names]
-    return sorted(int(match[1]) for match in matches if match)
+    return sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
 
 
 def latest_checkpoint(run):
-    """The newest checkpoint-STEP folder of a run, or `run` itself if CoAT.save wrote it.
-
-    Raises InputError if there is none."""
+    """The newest checkpoint-STEP folder of a run, or `run` itself if CoAT.save wrote it. Raises
+    InputError if there is none."""
     if os.path.isfile(os.path.join(run, "coat.json")):
         return run
     steps = checkpoint_steps(run)
     if not steps:
-        raise InputError(f"'{run}' is no run, checkpoint or merged folder, nor one of the backbones "
-                         f"{', '.join(BACKBONES)}")
+        names = ", ".join(f"{name} ({row.hub_id or 'random'})" for name, row in BACKBONES.items())
+        raise InputError(f"'{run}' is no run, checkpoint or merged folder, and none of the "
+                         f"backbones {names}")
     return os.path.join(run, f"checkpoint-{steps[-1]}")

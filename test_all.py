@@ -49,6 +49,7 @@ import sklearn.metrics
 import soundfile
 import torch
 import torch.nn.functional as F
+import torchaudio
 import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.testing import assert_close
@@ -60,16 +61,16 @@ import infer
 import model
 from data import (Manifest, Mixture, Rows, Tones, allot, at_rate, collate, open_source, plan_stage,
                   read_audio)
-from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, ExpertUnavailable, SoundEvents,
-                     SpeechUnits, load, resample_frames)
-from model import (BACKBONES, IGNORE, LIGHT, THINK, THINK_END, THINK_START, InputError, TooLong,
+from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, SoundEvents, SpeechUnits, load,
+                     load_experts, resample_frames)
+from model import (BACKBONES, IGNORE, THINK, THINK_END, THINK_START, InputError, TooLong,
                    build_inputs, load_backbone, load_coat, n_audio_tokens, render_prompt)
 
 # On the CPU also where there is a GPU, unless COAT_TEST_GPU is set.
 if "COAT_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 HERE = Path(__file__).parent.resolve()
-REAL = [name for name in BACKBONES if name not in LIGHT]    # backbones
+REAL = [name for name in BACKBONES if name != "tiny"]    # backbones
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
@@ -227,43 +228,32 @@ def test_merged_model_says_what_the_adapter_says(written):
 # model.py: prompts and batches
 
 HEADER = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-QUESTION = "What is it?<|im_end|>\n<|im_start|>assistant\n"
-PROMPTS = {    # as the published chat templates render them
-    "qwen2-audio": HEADER + "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n" + QUESTION,
-    "qwen2.5-omni": HEADER + "<|audio_bos|><|AUDIO|><|audio_eos|>" + QUESTION,
-    "audio-flamingo-3": HEADER + "<sound>" + QUESTION,
+MARKS = {    # as the published chat templates write a clip
+    "qwen2-audio": "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n",
+    "qwen2.5-omni": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+    "audio-flamingo-3": "<sound>",
 }
-PROMPTS["tiny"] = PROMPTS["small"] = PROMPTS["qwen2-audio"]
+MARKS["tiny"] = MARKS["qwen2-audio"]
 
 
-def test_prompt_is_the_published_one(coat):
-    assert render_prompt(coat, "What is it?", 1) == PROMPTS[coat.name]
-    assert render_prompt(coat, "What is it?", 0) == HEADER + QUESTION
-
-
-def test_pieces_of_a_long_clip_stand_between_one_pair_of_marks(coat):
+@pytest.mark.parametrize("seconds, n_audio", [(None, 0), (1.0, 25), (121 * 0.75, 2269)])
+def test_row_is_the_published_prompt_and_the_block(coat, seconds, n_audio):
+    """The pieces of a long clip stand between one pair of marks; white space is kept."""
+    wave = None if seconds is None else noise(seconds)
+    ids = build_inputs(coat, [wave], [" What is it?\n "])["input_ids"][0]
     token = coat.backbone.audio_token
-    prompt = render_prompt(coat, "What is it?", 3)
-    assert prompt == PROMPTS[coat.name].replace(token, token * 3)
+    clip = MARKS[coat.name].replace(token, token * n_audio) if n_audio else ""
+    block = THINK_START + THINK * n_audio + THINK_END if n_audio else ""
+    assert coat.processor.tokenizer.decode(ids) == (
+        HEADER + clip + " What is it?\n <|im_end|>\n<|im_start|>assistant\n" + block)
 
 
-def test_block_opens_the_turn_of_the_assistant(coat, rows):
-    for wave, prompt in zip(*rows[:2]):
-        batch = build_inputs(coat, [wave], [prompt])
-        block = ""
-        if wave is not None:
-            block = THINK_START + THINK * int(batch["n_audio"]) + THINK_END
-        text = coat.processor.tokenizer.decode(batch["input_ids"][0])
-        assert text.endswith("<|im_start|>assistant\n" + block)
-
-
-@pytest.mark.parametrize("side, end", [("left", -1), ("right", 0)])
-def test_labels_are_the_response_and_its_end(coat, rows, side, end):
-    batch = build_inputs(coat, *rows, padding_side=side)
+def test_labels_are_the_response_and_its_end(coat, rows):
+    batch = build_inputs(coat, *rows)
     for labels, mask, response in zip(batch["labels"], batch["attention_mask"], rows[2]):
         said = coat.processor.tokenizer.decode(labels[labels != IGNORE])
         assert said == response + "<|im_end|>"
-        assert (labels[mask == 0] == IGNORE).all() and mask[end] == 1
+        assert (labels[mask == 0] == IGNORE).all() and mask[-1] == 1
 
 
 def test_closed_form_of_L_a_is_that_of_the_towers():
@@ -272,14 +262,21 @@ def test_closed_form_of_L_a_is_that_of_the_towers():
     assert [n_audio_tokens(160 * f) for f in frames] == of_tower
 
 
-def test_token_rate_is_one_number():
-    assert model.TOKEN_RATE == experts.TOKEN_RATE == 25
+def test_special_tokens_in_a_text_are_refused(coat):
+    for token in (coat.backbone.audio_token, THINK, "<|im_end|>", "<|endoftext|>"):
+        for row in ([f"what is {token}?"], ["yes"]), (["what?"], [token]):
+            with pytest.raises(InputError, match="special token"):
+                build_inputs(coat, [noise(1.0)], *row)
 
 
-def test_reserved_tokens_in_a_prompt_are_refused(coat):
-    for token in (coat.backbone.audio_token, THINK):
-        with pytest.raises(InputError, match="reserved"):
-            build_inputs(coat, [noise(1.0)], [f"what is {token}?"])
+@pytest.mark.parametrize("wave, words", [
+    (torch.zeros(1000), "lasts 0.06 s"), (torch.zeros(121 * 16000), "lasts 121.00 s"),
+    (torch.zeros(16000, 2), "mono"), (torch.zeros(16000, dtype=torch.int16), "int16"),
+    (torch.full((16000,), 9830.0), "divide by 32768"),
+    (torch.full((16000,), math.nan), "samples up to nan")])
+def test_clip_that_is_no_sound_is_refused(tiny, wave, words):
+    with pytest.raises(InputError, match=words):
+        build_inputs(tiny, [wave], ["?"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -299,14 +296,6 @@ def test_batch_gives_each_row_what_it_gets_alone(coat, rows):
         assert not out.think_states[i, n:].any()
 
 
-def test_padding_side_changes_nothing(coat, rows):
-    with torch.no_grad():
-        left = coat(build_inputs(coat, *rows, padding_side="left"))
-        right = coat(build_inputs(coat, *rows, padding_side="right"))
-    assert_close(left.ce_sum, right.ce_sum, rtol=1e-5, atol=1e-4)
-    assert_close(left.think_states, right.think_states, rtol=1e-4, atol=1e-4)
-
-
 def test_two_minutes_beside_a_text_row_give_3000_states_and_no_features_beyond_them(coat):
     batch = build_inputs(coat, [noise(120), None], ["?", "hello"], ["a", "b"])
     with torch.no_grad():
@@ -318,45 +307,36 @@ def test_two_minutes_beside_a_text_row_give_3000_states_and_no_features_beyond_t
 
 
 def test_audio_embeds_are_the_projected_tower(coat):
-    """As it ran, and as transformers gives it."""
     batch = build_inputs(coat, [noise(0.1), None, noise(31, 1)], ["a", "t", "b"], ["c", "d", "e"])
     out, projected = forward_and_projected(coat, batch)
-    got = out.audio_embeds[out.valid]                                               # (2 + 775, D)
     mask = next(value for key, value in batch["audio"].items() if key.endswith("mask"))
     if projected.ndim == 3:
         n_frames = [(n + 1) // 2 // 2 for n in mask.sum(1).tolist()]
         projected = torch.cat([window[:n] for window, n in zip(projected, n_frames)])
-    assert torch.equal(got, projected)
-    if hasattr(coat.hf, "get_audio_features"):
-        theirs = coat.hf.get_audio_features(batch["audio"]["input_features"], mask)
-        name = "last_hidden_state" if coat.name == "qwen2.5-omni" else "pooler_output"
-        assert torch.equal(got, getattr(theirs, name))
+    assert torch.equal(out.audio_embeds[out.valid], projected)    # (2 + 775, D)
 
 
 def test_audio_tower_builds_no_graph(coat):
     batch = build_inputs(coat, [noise(0.1)], ["a"], ["b"])
     out, projected = forward_and_projected(coat, batch)
-    assert projected.requires_grad == (coat.name == "small")    # its projector is trained
+    assert projected.requires_grad == bool(coat.new_projector)
     assert not out.audio_embeds.requires_grad
     assert out.think_states.requires_grad
 
 
-def test_without_the_block_there_are_no_thinking_states(coat, rows):
+def test_without_the_block_there_are_no_thinking_states_but_for_the_control(
+        coat, rows, monkeypatch):
+    """The control takes the states at the audio tokens."""
     batch = build_inputs(coat, *rows, think=False)
     with torch.no_grad():
         out = coat(batch)
+        monkeypatch.setattr(coat, "think", False)
+        control = coat(batch)
+        h, _ = coat.states(batch, use_cache=False)
     assert not batch["think_mask"].any() and not out.valid.any()
     assert out.ce_sum > 0 and out.audio_embeds.any()
-
-
-def test_control_without_the_block_has_the_states_at_the_audio_tokens(coat, rows, monkeypatch):
-    monkeypatch.setattr(coat, "think", False)
-    batch = build_inputs(coat, *rows, think=False)
-    with torch.no_grad():
-        out = coat(batch)
-        h, _ = coat.states(batch, use_cache=False)
-    assert torch.equal(out.valid.sum(1), batch["n_audio"])
-    assert torch.equal(out.think_states[out.valid], h[batch["audio_mask"]])
+    assert torch.equal(control.valid.sum(1), batch["n_audio"])
+    assert torch.equal(control.think_states[control.valid], h[batch["audio_mask"]])
 
 
 def test_two_clips_give_different_logits_for_the_same_ids(coat):
@@ -370,15 +350,14 @@ def test_bf16_trains_as_fp32_does(coat, hub):
     rows = [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"], ["yes", "no", "so"]
     with torch.no_grad():
         want = coat(build_inputs(coat, *rows))
-    low = loaded(coat.name, hub[coat.name], dtype=torch.bfloat16)
+    low = loaded(coat.where, hub, dtype=torch.bfloat16)
     batch = build_inputs(low, *rows)
     with torch.autocast("cpu", torch.bfloat16):    # as train.py runs it on a GPU
         out = low(batch)
-    out.ce_sum.backward()
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16, torch.float32}
+    (out.ce_sum + out.think_states.sum()).backward()
     for p in low.parameters():
-        if p.requires_grad:
-            assert p.dtype == torch.float32 and p.grad.isfinite().all()
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+        assert not p.requires_grad or p.grad.isfinite().all()
     assert_close(out.ce_sum, want.ce_sum, rtol=0.05, atol=0.1)
 
 
@@ -399,12 +378,14 @@ def test_cached_steps_say_what_whole_forwards_say(coat):
     assert torch.equal(said, torch.stack(ids, 1))
 
 
-def test_transformers_generate_says_the_same(coat):
+def test_transformers_generate_says_the_same_and_neither_warns(coat, recwarn):
     batch = two_questions(coat)
+    said = greedy(coat, batch, 6)
+    assert not [w.message for w in recwarn if issubclass(w.category, FutureWarning)]
     theirs = coat.hf.generate(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **batch["audio"],
         do_sample=False, max_new_tokens=6, min_new_tokens=6, suppress_tokens=coat.think_ids)
-    assert torch.equal(greedy(coat, batch, 6), theirs[:, batch["input_ids"].shape[1]:])
+    assert torch.equal(said, theirs[:, batch["input_ids"].shape[1]:])
 
 
 @pytest.mark.parametrize("think", [True, False])
@@ -413,6 +394,15 @@ def test_batch_answers_each_row_as_it_is_answered_alone(coat, rows, think):
     for i, (wave, prompt) in enumerate(zip(*rows[:2])):
         alone = greedy(coat, build_inputs(coat, [wave], [prompt], think=think), 6, stop=True)[0]
         assert together[i, :len(alone)].tolist() == alone.tolist()
+
+
+def test_answer_takes_numpy_or_torch_at_any_rate_and_lists(coat):
+    wave = torchaudio.functional.resample(noise(1.0), 16000, 44100)
+    heard = at_rate(wave, 44100, 16000)
+    want = coat.generate(build_inputs(coat, [heard, None], ["Which?", "Hello"]), 6)
+    clips = [wave.double().numpy(), None]
+    assert coat.answer(clips, [44100, None], ["Which?", "Hello"], 6) == want
+    assert coat.answer(wave, 44100, "Which?", max_new_tokens=6) == want[0]
 
 
 def test_thinking_tokens_are_never_said(coat):
@@ -427,13 +417,11 @@ def test_thinking_tokens_are_never_said(coat):
 def test_stream_pads_rows_that_have_ended_and_ends_with_the_last(tiny, monkeypatch):
     batch = two_questions(tiny)
     free = greedy(tiny, batch, 12)
-    tokenizer = tiny.processor.tokenizer
-    eos = tokenizer.convert_ids_to_tokens([free[0, 2], free[1, 4]])
-    monkeypatch.setattr(tiny, "backbone", dataclasses.replace(tiny.backbone, eos=tuple(eos)))
+    monkeypatch.setattr(tiny, "eos_ids", [free[0, 2], free[1, 4]])
     ids = greedy(tiny, batch, 12, stop=True)
     assert ids.shape[1] == 5
     assert torch.equal(ids[0, :3], free[0, :3]) and torch.equal(ids[1], free[1, :5])
-    assert (ids[0, 3:] == tokenizer.pad_token_id).all()
+    assert (ids[0, 3:] == tiny.processor.tokenizer.pad_token_id).all()
 
 
 def test_step_is_compiled_once_for_all_lengths_and_says_the_same(monkeypatch):
@@ -450,159 +438,138 @@ def test_step_is_compiled_once_for_all_lengths_and_says_the_same(monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # model.py: weights
 
-def test_lora_sits_on_the_language_model_alone_and_a_new_projector_is_trained_whole(coat, hub):
-    fresh = load_coat(coat.name, model_path=hub[coat.name], trainable=True)
-    trained = [name for name, p in fresh.named_parameters() if p.requires_grad]
-    layers = fresh.hf.config.get_text_config().num_hidden_layers
-    projector = [name for name in trained if ".multi_modal_projector.modules_to_save." in name]
-    assert len(projector) == (2 if coat.name == "small" else 0)    # of small it is new
-    trained = set(trained) - set(projector)
+def test_lora_sits_on_the_language_model_alone_and_a_new_projector_is_trained_whole(coat):
+    trained = {name for name, p in coat.named_parameters() if p.requires_grad}
+    layers = coat.hf.config.get_text_config().num_hidden_layers
+    projector = {name for name in trained if ".multi_modal_projector.modules_to_save." in name}
+    assert len(projector) == len(coat.new_projector) == (2 if coat.where == "composed" else 0)
+    trained -= projector
     assert len(trained) == layers * 7 * 2 + 1    # A and B of each linear map, and the three rows
     assert all(".language_model." in name for name in trained)
 
 
 def test_training_leaves_the_base_weights_byte_identical(coat, hub):
-    fresh = load_coat(coat.name, model_path=hub[coat.name], trainable=True)
+    fresh = loaded(coat.where, hub)
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
-    trained = [p for p in fresh.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    batch = build_inputs(fresh, [noise(0.5), None], ["?", "hi"], ["yes", "no"])
-    for _ in range(3):
-        out = fresh(batch)
-        (out.ce_sum + out.think_states.pow(2).mean()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer = torch.optim.AdamW([p for p in fresh.parameters() if p.requires_grad], lr=1e-2)
+    out = fresh(build_inputs(fresh, [noise(0.5), None], ["?", "hi"], ["yes", "no"]))
+    (out.ce_sum + out.think_states.pow(2).mean()).backward()
+    optimizer.step()
     for name, p in fresh.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
 
 
-def test_new_rows_start_as_the_mean_of_the_used_ones_at_every_load(coat, hub):
-    loads = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        lm, processor = load_backbone(coat.name, hub[coat.name])
-        used = len(processor.tokenizer)
-        ids = model.add_think_tokens(lm, processor.tokenizer)
-        assert ids == [used, used + 1, used + 2]
-        tables = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
-        for table in tables:
-            assert_close(table[ids], table[:used].mean(0).expand(3, -1))
-        loads.append(torch.cat([table[ids] for table in tables]))
-    assert torch.equal(*loads)
-
-
-def test_tables_with_room_keep_their_size(coat, hub):
-    lm, processor = load_backbone(coat.name, hub[coat.name])
-    size = lm.get_input_embeddings().num_embeddings
+def test_new_rows_start_as_the_mean_of_the_used_ones_and_a_table_with_room_keeps_its_size(
+        coat, hub):
+    name, folder = hub[coat.where]
+    spare = {"tiny": 58, "composed": 0} | {name: layout.spare for name, layout in LAYOUTS.items()}
+    lm, processor = load_backbone(name, folder)
     used = len(processor.tokenizer)
-    spare = {"tiny": 58, "small": 0} | {name: layout.spare for name, layout in LAYOUTS.items()}
-    assert size == used + spare[coat.name]
-    model.add_think_tokens(lm, processor.tokenizer)
-    size = max(size, used + 3)
-    assert len(lm.get_input_embeddings().weight) == len(lm.get_output_embeddings().weight) == size
-    assert lm.config.get_text_config().vocab_size == size
+    size = lm.get_input_embeddings().num_embeddings
+    assert size == used + spare[coat.where]
+    ids = model.add_tokens(lm, processor.tokenizer)
+    assert ids == [used, used + 1, used + 2]
+    for table in (lm.get_input_embeddings().weight, lm.get_output_embeddings().weight):
+        assert len(table) == max(size, used + 3) == lm.config.get_text_config().vocab_size
+        assert_close(table[ids], table[:used].mean(0).expand(3, -1))
 
 
 def test_adapter_is_plain_peft(coat, hub, written):
-    lm, processor = load_backbone(coat.name, hub[coat.name])
-    model.add_think_tokens(lm, processor.tokenizer)
+    lm, processor = load_backbone(*hub[coat.where])
+    model.add_tokens(lm, processor.tokenizer)
     plain = peft.PeftModel.from_pretrained(lm, written.adapter)
     again = model.CoAT(plain, processor, coat.name, None, coat.think_ids)
     assert torch.equal(greedy(again, written.batch), written.said)
 
 
-def test_adapter_says_the_same_in_another_process(hub, tmp_path):
-    name = "audio-flamingo-3"    # the one whose table has to grow again
-    coat = loaded(name, hub[name])
-    coat.save(tmp_path / "adapter")
-    batch = build_inputs(coat, [noise(1.0), noise(31, 5)], ["Which?", "Which note is it?"])
-    torch.save(batch, tmp_path / "batch.pt")
-    process = start(print_greedy, tmp_path / "log", tmp_path / "adapter", tmp_path / "batch.pt")
-    ended(process)
-    assert last_json(open(process.log).read()) == greedy(coat, batch).tolist()
-
-
 def test_merged_folder_is_plain_transformers(coat, written):
-    classes = BACKBONES[coat.name].model_class.__mro__
-    stock = next(c for c in classes if c.__module__.startswith("transformers.models"))
     batch = written.batch
-    theirs = stock.from_pretrained(written.merged).generate(
+    theirs = BACKBONES[coat.name].model_class.from_pretrained(written.merged).generate(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **batch["audio"],
         max_new_tokens=8)    # the rest is in its generation_config.json
     assert torch.equal(theirs[:, batch["input_ids"].shape[1]:], greedy(coat, batch, stop=True))
 
 
+def test_run_a_checkpoint_and_a_merged_folder_are_loaded_by_their_path_from_anywhere(
+        coat, written, tmp_path, monkeypatch):
+    os.symlink(written.adapter, tmp_path / "checkpoint-3")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path, "checkpoint-3", written.merged):
+        again = load_coat(path)
+        assert again.think and torch.equal(greedy(again, written.batch), written.said)
+    by_name = load_coat(coat.name, model_path=written.merged)
+    assert by_name.think and torch.equal(greedy(by_name, written.batch), written.said)
+    assert not load_coat("tiny").think
+
+
 def test_adapter_cards_lines_with_peft_alone_say_what_it_says(coat, written, tmp_path):
     if coat.name not in ("qwen2-audio", "audio-flamingo-3"):
-        pytest.skip("random or in two folders, or its processor needs torchvision")
+        pytest.skip("random, or its processor needs torchvision")
     clip = wav(tmp_path, "clip.wav", noise(1.0).numpy(), subtype="FLOAT")
-    batch = build_inputs(coat, [noise(1.0)], ["Which?"])
-    said, = coat.generate(batch)
+    said = coat.answer(noise(1.0), 16000, "Which?")
     assert run_card(written.adapter, clip, "Which?").rstrip("\n") == said
 
 
 @pytest.mark.parametrize("folder", ["adapter", "merged"])
 def test_saved_template_asks_for_the_block_and_writes_it(coat, written, folder):
     template = (Path(getattr(written, folder)) / "chat_template.jinja").read_text()
-    chat = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "Which?"}]}]
+    clip = {"type": "audio"}
+    text = {"type": "text", "text": "Which?"}
 
-    def render(messages=chat, **kwargs):
-        return coat.processor.apply_chat_template(messages, template, tokenize=False, **kwargs)
+    def render(content, **kwargs):
+        chat = [{"role": "user", "content": content}]
+        return coat.processor.apply_chat_template(chat, template, tokenize=False, **kwargs)
 
     prompt = render_prompt(coat, "Which?", 1)
     block = THINK_START + 25 * THINK + THINK_END
-    assert render(add_generation_prompt=True, n_audio=25) == prompt + block
-    assert render(add_generation_prompt=True, n_audio=0) == prompt
-    for content in (chat[0]["content"], coat.backbone.audio_token + "Which?"):
+    assert render([clip, text], add_generation_prompt=True, n_audio=25) == prompt + block
+    assert render([clip | {"n_audio": 25}, text], add_generation_prompt=True) == prompt + block
+    assert render([clip, text], add_generation_prompt=True, n_audio=0) == prompt
+    for content in ([clip, text], coat.backbone.audio_token + "Which?"):
         with pytest.raises(Exception, match="n_audio"):
-            render([{"role": "user", "content": content}], add_generation_prompt=True)
-    assert prompt.startswith(render())
-    text = [{"role": "user", "content": "Say hello."}]
-    assert render_prompt(coat, "Say hello.", 0) == coat.processor.apply_chat_template(
-        text, template, tokenize=False, add_generation_prompt=True)
+            render(content, add_generation_prompt=True)
+    assert prompt.startswith(render([clip, text]))
+    assert render("Say hello.", add_generation_prompt=True) == render_prompt(coat, "Say hello.", 0)
 
 
-def test_processor_of_a_merged_folder_makes_the_same_ids_of_a_string(coat, written):
-    processor = coat.processor
-    if coat.name != "qwen2.5-omni":    # which cannot be built without torchvision
-        processor = transformers.AutoProcessor.from_pretrained(written.merged)
-    text = render_prompt(coat, "Which?", 1) + THINK_START + THINK * 25 + THINK_END
-    inputs = processor(text=text, audio=[noise(1.0).numpy()], sampling_rate=16000,
-                       return_tensors="pt")
-    ours = build_inputs(coat, [noise(1.0)], ["Which?"])
-    assert torch.equal(inputs["input_ids"], ours["input_ids"])
+def test_batch_in_plain_transformers_says_what_each_clip_gets_alone(coat, written):
+    """Padded on the left, with a block of its own for each clip."""
+    if coat.name == "qwen2.5-omni":
+        pytest.skip("its own processor cannot be built without torchvision")
+    processor = transformers.AutoProcessor.from_pretrained(written.merged)
+    merged = load_coat(written.merged)
+    waves = [noise(1.0), noise(2.2, 5)]
+    chats = [[{"role": "user", "content": [
+        {"type": "audio", "n_audio": n_audio_tokens(len(wave))},
+        {"type": "text", "text": "Which?"}]}] for wave in waves]
+    prompts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=prompts, audio=[wave.numpy() for wave in waves], return_tensors="pt",
+                       sampling_rate=16000, text_kwargs={"padding": True})
+    ids = merged.hf.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1]:]
+    said = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    assert said == [merged.answer(wave, 16000, "Which?", 6) for wave in waves]
 
 
-def test_merged_folder_keeps_its_trained_rows(coat, written):
-    again = load_coat(coat.name, model_path=written.merged)
-    assert torch.equal(greedy(again, written.batch), written.said)
-
-
-def test_merged_bf16_is_bf16_throughout_and_answers(coat, hub):
-    merged = loaded(coat.name, hub[coat.name], dtype=torch.bfloat16).merge()
-    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
-    batch = build_inputs(merged, [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"])
-    assert greedy(merged, batch, 3).shape == (3, 3)
-
-
-def test_merge_rounds_each_weight_once(coat, hub):
-    low = loaded(coat.name, hub[coat.name], dtype=torch.bfloat16)
+def test_merged_bf16_is_bf16_throughout_and_each_weight_is_rounded_once(coat, hub):
+    low = loaded(coat.where, hub, dtype=torch.bfloat16)
     layer = next(m for m in low.hf.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
     merged = layer.base_layer.weight.float() + layer.get_delta_weight("default")
     low.merge()
     assert torch.equal(layer.base_layer.weight, merged.bfloat16())
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    batch = build_inputs(low, [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"])
+    assert greedy(low, batch, 3).shape == (3, 3)
 
 
-def test_omni_is_loaded_without_its_vision_tower_and_talker(hub):
-    lm, processor = load_backbone("qwen2.5-omni", hub["qwen2.5-omni"])
-    assert lm.model.visual is None
-    assert not any("visual" in name or "talker" in name for name, _ in lm.named_parameters())
-    assert not hasattr(processor, "image_processor")
+def test_omni_is_loaded_without_its_vision_blocks_and_talker_and_saved_as_the_full_model(hub):
+    coat = loaded("qwen2.5-omni", hub)
+    assert not any("visual.blocks" in name or "talker" in name for name, _ in coat.named_parameters())
+    assert not hasattr(coat.processor, "image_processor")
 
 
 def test_text_thinking_adapter_of_the_old_layout_is_loaded_whole(hub, text_think):
     """Audio Flamingo 3's own, from before transformers 5."""
-    coat = model.load_text_think("audio-flamingo-3", text_think.folder, hub["audio-flamingo-3"])
+    coat = model.load_text_think("audio-flamingo-3", text_think.folder, hub["audio-flamingo-3"][1])
     want = text_think.ours.merge().hf.state_dict()
     for key, value in coat.hf.state_dict().items():
         if key.endswith("multi_modal_projector.linear_2.bias"):
@@ -1932,17 +1899,10 @@ def test_wordings_vary_and_do_not_depend_on_the_folder(tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------
 # train.py
 
-def test_training_learns_to_hear(trained):
+def test_training_learns_to_hear_and_another_clip_brings_it_back_to_chance(trained):
     for result in trained.heldout.values():
         assert deviations(result["heard"], result["chance"]) > 3, result
-
-
-def test_another_clip_brings_it_back_to_chance(trained):
-    for result in trained.heldout.values():
         assert deviations(result["other_clip"], result["chance"]) < 3, result
-
-
-def test_cross_entropy_falls_to_a_third(trained):
     ce = logged(trained.folder, "ce")
     assert np.mean(ce[-10:]) < np.mean(ce[:3]) / 3
 
@@ -1959,7 +1919,7 @@ def test_all_five_experts_train_together(all_five):
     for term in ("recon", "speech", "sound", "affect", "pitch", "pitch_aux"):
         assert 0 < second[term] != first[term] > 0
     saved = safetensors.torch.load_file(folder / "checkpoint-2" / "heads.safetensors")
-    assert {name.split(".")[0] for name in saved if "." in name} == {"recon", *EXPERTS}
+    assert {name.split(".")[0] for name in saved if "." in name} == set(EXPERTS)
 
 
 def test_no_term_begins_a_stage_far_above_the_best_constant_answer(trained, all_five, mixed_runs):
@@ -1967,42 +1927,44 @@ def test_no_term_begins_a_stage_far_above_the_best_constant_answer(trained, all_
     for folder in (trained.folder, all_five[1], mixed_runs / "batch"):
         first = {line["stage"]: line for line in reversed(log_lines(folder))}
         for line in first.values():
-            terms = {"recon", *EXPERTS, "pitch_aux"} & set(line)
+            terms = {*EXPERTS, "pitch_aux"} & set(line)
             assert max(line[term] for term in terms) < 3, (folder, line)
 
 
-def test_experts_without_the_block_are_a_control_that_compare_names(tmp_path):
-    out = tmp_path / "run"
-    run("train.py", *QUICK, "--no-think", "--stage", "2:recon,pitch", "--out", out)
-    first, second = log_lines(out)
-    assert all(0 < second[term] != first[term] > 0 for term in ("recon", "pitch"))
-    frames = last_json(run("infer.py", "frames", out, "--data", "tones:note:2"))["results"]
-    assert set(frames) == {"recon", "pitch"}
-    run("infer.py", "score", out, "tones:note:2", *SCORE, "--out", tmp_path / "predictions")
-    printed = run("infer.py", "compare", tmp_path / "predictions")
-    assert "+ recon, pitch, no block  " in printed
-
-
-def test_loss_weighs_the_terms_of_its_stage(tmp_path):
-    run("train.py", *QUICK, "--stage", "2:recon=0.5,pitch=2:1e-3", "--stage", "1:recon",
-        "--w-pitch-aux", 0.25, "--out", tmp_path)
-    first, second, third = log_lines(tmp_path)
+def test_stages_have_their_own_weights_rates_and_data(tmp_path):
+    text = jsonl(tmp_path / "text.jsonl", 4, audio=None, seconds=None)
+    run("train.py", *QUICK, "--data", "tones:note", text, "--w-pitch-aux", 0.25, "--stage",
+        "2:recon=0.5,pitch=2:1e-3", "--stage", "1:recon", "--out", tmp_path / "run")
+    first, second, third = log_lines(tmp_path / "run")
     for line in (first, second):
         terms = 0.5 * line["recon"] + 2 * line["pitch"] + 2 * 0.25 * line["pitch_aux"]
         assert line["loss"] == pytest.approx(line["ce"] + terms)
     assert first["lr"] == 1e-3
-    assert third["loss"] == pytest.approx(third["ce"] + third["recon"])
+    assert third["recon"] is None and third["audio_s_per_s"] == 0    # of text, there is nothing
+    assert third["loss"] == pytest.approx(third["ce"])
+    assert os.path.getsize(tmp_path / "run" / "losses.png") > 5000
 
 
-def test_new_projector_takes_part_in_a_step_of_text_alone(hub):
-    """As DDP demands."""
+def test_stages_of_the_paper_are_the_default():
     train_py = runpy.run_path(str(HERE / "train.py"))
-    coat = load_coat("small", model_path=hub["small"], trainable=True)
-    student = train_py["Student"](coat, heads.ExpertHeads(64, {}), [])
-    batch = build_inputs(coat, [None], ["Say hello."], ["hello"])
-    sum(student(batch, {}).values()).backward()
-    assert len(coat.new_projector) == 2
-    assert all(p.grad is not None and not p.grad.any() for p in coat.new_projector)
+    args = SimpleNamespace(w_pitch_aux=1.0, lr=1e-4)
+    one, two = [train_py["parse_stage"](text, args) for text in train_py["PAPER_STAGES"]]
+    assert one.steps == two.steps == 100_000
+    assert (one.tasks, two.tasks) == (["recon"], list(EXPERTS))
+
+
+@pytest.mark.parametrize("stage, tasks", [("2:none", set()), ("2:recon,pitch", {"recon", "pitch"})])
+def test_run_without_the_block_trains_its_experts_and_remembers_it(tmp_path, stage, tasks):
+    run("train.py", *QUICK, "--no-think", "--stage", stage, "--checkpointing", "--out", tmp_path)
+    first, second = log_lines(tmp_path)
+    assert set(EXPERTS) & set(first) == tasks
+    assert all(0 < second[term] != first[term] > 0 for term in tasks)
+    assert not load_coat(tmp_path / "checkpoint-2").think
+
+
+def test_checkpointing_changes_no_step(short_run):
+    run("train.py", *short_run, "--checkpointing", "--out", "other")
+    np.testing.assert_allclose(logged(Path("other")), logged(Path("run")), rtol=1e-6)
 
 
 def test_no_clip_is_calibrated_on_twice(short_run, monkeypatch):
@@ -2015,11 +1977,6 @@ def test_no_clip_is_calibrated_on_twice(short_run, monkeypatch):
     monkeypatch.setattr(heads.ExpertHeads, "calibrate", watched)
     run("train.py", *short_run, "--calibrate", 8, "--out", "new")    # 8 rows of 3 clips
     assert seen == [3]
-
-
-def test_batches_log_what_each_rank_skips(mixed_runs):
-    for name in ("batch", "micro_batches", "two_ranks"):
-        assert logged(mixed_runs / name, "skipped") == [0, 1, 2, 2]
 
 
 def test_ranks_with_different_numbers_of_usable_rows_are_one_batch(tmp_path):
@@ -2057,36 +2014,6 @@ def test_new_run_can_begin_with_what_another_has_learned(trained, tmp_path):
     assert first["recon"] < logged(trained.folder, "recon")[0]
     optimizer = load_optimizer(tmp_path / "checkpoint-1")
     assert {int(p["step"]) for p in optimizer["state"].values()} == {1}    # it is new
-
-
-def test_run_without_the_block_remembers_it(tmp_path):
-    run("train.py", *QUICK, "--no-think", "--stage", "2:none", "--out", tmp_path)
-    assert not {"recon", *EXPERTS} & set(log_lines(tmp_path)[0])
-    assert not load_coat(tmp_path / "checkpoint-2").think
-
-
-def test_checkpointing_changes_no_step(tmp_path):
-    flags = [*QUICK, "--stage", "2:recon"]
-    run("train.py", *flags, "--out", tmp_path / "plain")
-    run("train.py", *flags, "--checkpointing", "--out", tmp_path / "flag")
-    np.testing.assert_allclose(logged(tmp_path / "flag"), logged(tmp_path / "plain"), rtol=1e-6)
-
-
-def test_rows_of_text_alone_train_and_log_nothing_of_the_experts(tmp_path):
-    rows = jsonl(tmp_path / "text.jsonl", 4, audio=None, seconds=None)
-    run("train.py", *QUICK, "--data", rows, "--stage", "2:recon", "--out", tmp_path)
-    assert logged(tmp_path, "recon") == [None, None]
-    assert logged(tmp_path)[1] > 0
-    assert os.path.getsize(tmp_path / "losses.png") > 5000
-
-
-def test_tensorboard_gets_the_log(tmp_path, monkeypatch):
-    board = types.ModuleType("torch.utils.tensorboard")
-    board.SummaryWriter = unittest.mock.Mock()
-    monkeypatch.setitem(sys.modules, board.__name__, board)
-    run("train.py", *QUICK, "--stage", "2:recon", "--tensorboard", "--out", tmp_path)
-    written = {call.args for call in board.SummaryWriter().add_scalar.call_args_list}
-    assert {("loss", loss, step) for step, loss in enumerate(logged(tmp_path), 1)} < written
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3250,99 +3177,71 @@ def test_column_that_a_table_has_not_is_named(table, capsys):
 # --------------------------------------------------------------------------------------------------
 # What goes wrong: weights
 
-def assert_refused(name, folder, *words):
-    with pytest.raises(InputError) as error:
-        load_coat(name, model_path=str(folder))
-    text = str(error.value)
-    assert "\n" not in text and len(text) < 400
-    assert all(word in text for word in words), text
-
-
 @pytest.mark.parametrize("name", REAL)
-def test_folder_of_something_else_is_refused_in_one_line(name, hub, tmp_path):
-    assert_refused(name, tmp_path / "nowhere", "no folder", "nowhere")
-    assert_refused(name, tmp_path, "no config.json")
-    assert_refused(name, hub[REAL[REAL.index(name) - 1]], "config.json is that of")
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_folder_without_one_of_its_files_is_refused_in_one_line(name, hub, tmp_path):
-    without = {"config.json": "no config.json", "model.safetensors": "model.safetensors",
-               "preprocessor_config.json": "feature extractor",
-               "tokenizer*": "tokenizer is missing"}
-    if LAYOUTS[name].template:
-        without["chat_template*"] = "no chat template"
-    for pattern, words in without.items():
-        folder = tmp_path / pattern
-        shutil.copytree(hub[name], folder, ignore=shutil.ignore_patterns(pattern))
-        assert_refused(name, folder, name, words)
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_weights_cut_short_are_refused_in_one_line(name, hub, tmp_path):
-    shutil.copytree(hub[name], tmp_path / "cut")
-    os.truncate(tmp_path / "cut" / "model.safetensors", 10000)
-    assert_refused(name, tmp_path / "cut", name, "incomplete")
+@pytest.mark.parametrize("lacks, words", [
+    ("*", "config.json"), ("model.safetensors", "model.safetensors"),
+    ("preprocessor_config.json", "feature extractor"), ("tokenizer*", "tokenizer is missing"),
+    ("chat_template*", "no chat template")])
+def test_folder_of_a_backbone_without_one_of_its_files_is_refused(
+        name, lacks, words, hub, tmp_path):
+    if lacks == "chat_template*" and not LAYOUTS[name].template:
+        pytest.skip("it is in the processor's class")
+    shutil.copytree(hub[name][1], tmp_path / "x", ignore=shutil.ignore_patterns(lacks))
+    with pytest.raises(InputError, match=f"cannot load {name} from .*{words}"):
+        load_coat(name, model_path=tmp_path / "x")
 
 
 @pytest.mark.parametrize("file, content, words", [
-    ("config.json", b"[]", "AttributeError"), ("config.json", b"\xff\0", "not a valid JSON"),
-    ("config.json", b"[" * 10 ** 5, "RecursionError"), ("config.json", None, "no config.json"),
-    ("config.json", {"text_config": None}, "text_config is no object"),
-    ("config.json", {"model_type": 5}, "config.json is that of '5'"),
+    ("config.json", {"model_type": "bert"}, "config.json is that of 'bert'"),
+    ("config.json", {"text_config": None}, "part of its config is null"),
     ("config.json", {"quantization_config": {"load_in_4bit": True}}, "quantised"),
-    ("tokenizer.json", b"[]", "TypeError"), ("tokenizer.json", b"\xff\0", "UnicodeDecodeError"),
-    ("tokenizer.json", None, "tokenizer is missing"),
-    ("tokenizer_config.json", b"5", "AttributeError"),
-    ("preprocessor_config.json", b"[]", "AttributeError"),
-    ("chat_template.jinja", b"{% for x in %}", "TemplateSyntaxError"),
-    ("chat_template.jinja", b"{{ x.y.z }}", "UndefinedError"),
-    ("chat_template.jinja", b"{{ messages[0].role }}", "does not write a clip"),
+    ("config.json", {"text_config": {"num_hidden_layers": 3}}, "tensors are missing"),
+    ("config.json", b"\xff\0", "not a valid JSON"), ("tokenizer.json", b"[]", "TypeError"),
+    ("chat_template.jinja", b"{{ messages[0].role }}", "number of audio inputs"),
     ("model.safetensors", b"<html>" * 99, "SafetensorError"),
-    ("model.safetensors", None, "no file named model.safetensors")])
+    ("model.safetensors", 10000, "incomplete")])
 def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, content, words):
-    """None: a pipe, at which nothing may wait. A dict: what changes in the file."""
+    """A dict: what changes in the file. A number: where it is cut."""
     folder = tmp_path / "model"
-    shutil.copytree(hub["qwen2-audio"], folder)
+    shutil.copytree(hub["qwen2-audio"][1], folder)
     if isinstance(content, dict):
         with edited_json(folder / file) as value:
             value |= content
-    elif content is None:
-        os.remove(folder / file)
-        os.mkfifo(folder / file)
+    elif isinstance(content, int):
+        os.truncate(folder / file, content)
     else:
         write(folder / file, content)
-    assert_refused("qwen2-audio", folder, words)
+    with pytest.raises(ValueError, match=words) as error:
+        coat = load_coat("qwen2-audio", model_path=folder)
+        build_inputs(coat, [noise(1.0)], ["?"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "Qwen/Qwen2-Audio-7B-Instruct", "."])
+def test_name_of_nothing_names_what_there_is(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no run.* qwen2-audio .Qwen/Qwen2-Audio-7B-Instruct.*tiny"):
+        load_coat(name)
+    with pytest.raises(InputError, match="no folder 'nowhere'"):
+        load_coat("qwen2-audio", model_path="nowhere")
 
 
 def test_block_in_a_template_is_dropped_whatever_code_wrote_it(hub, tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(hub["qwen2-audio"], folder)
-    template = load_backbone("qwen2-audio", str(folder))[1].chat_template
-    other = model.BLOCK_MARK + "{{ raise_exception('other code') }}"
+    shutil.copytree(hub["qwen2-audio"][1], folder)
+    template = load_backbone("qwen2-audio", folder)[1].chat_template
+    other = "{# the thinking block #}" + "{{ raise_exception('other code') }}"
     write(folder / "chat_template.jinja", template + other)
-    assert load_backbone("qwen2-audio", str(folder))[1].chat_template == template
+    assert load_backbone("qwen2-audio", folder)[1].chat_template == template
 
 
-def test_weights_that_are_not_finite_are_refused(hub, written, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(hub["qwen2-audio"], folder)
-    make_nan(folder / "model.safetensors", "conv2.weight")
-    assert_refused("qwen2-audio", folder, "conv2.weight holds NaN")
-    for part in ("lora_A", "token_adapter"):
-        adapter = tmp_path / part
-        shutil.copytree(written.adapter, adapter)
-        make_nan(adapter / "adapter_model.safetensors", part)
-        with pytest.raises(InputError, match="holds NaN"):
-            load_coat(str(adapter))
-
-
-def make_nan(path, part):
-    """Puts a NaN into a tensor of a file of weights whose name has this part."""
-    weights = safetensors.torch.load_file(path)
-    name = next(name for name in weights if part in name)
-    weights[name].view(-1)[0] = math.nan
-    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+@pytest.mark.parametrize("part", ["audio_tower.conv2.weight", "layers.1.mlp.up_proj", "lm_head"])
+def test_states_that_are_no_numbers_are_an_error_and_no_answer(part, hub):
+    coat = load_coat(*hub["qwen2-audio"])
+    name = next(name for name, _ in coat.hf.named_parameters() if part in name)
+    coat.hf.get_parameter(name).data.view(-1)[0] = math.nan
+    with pytest.raises(InputError, match="NaN"):
+        coat.answer(noise(1.0), 16000, "?")
 
 
 def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
@@ -3355,24 +3254,24 @@ def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
         load_coat(tmp_path)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"num_hidden_layers": 3, "layer_types": None}, "for 12 tensors"),
-    ({"intermediate_size": 96}, "for 6 tensors")])
-def test_missing_and_misshapen_weights_are_an_error_not_noise(change, words, hub, tmp_path):
-    shutil.copytree(hub["qwen2-audio"], tmp_path / "other")
-    with edited_json(tmp_path / "other" / "config.json") as config:
-        config["text_config"] |= change
-    with pytest.raises(InputError, match=words):
-        load_backbone("qwen2-audio", str(tmp_path / "other"))
-
-
 def test_text_thinking_adapter_of_another_model_is_refused(text_think, tmp_path):
     folder = tmp_path / "think"
     shutil.copytree(text_think.folder, folder)
     torch.save({"elsewhere.bias": text_think.bias}, folder / "non_lora_trainables.bin")
     assert "elsewhere.bias" in run("infer.py", *text_think.ask, folder, fails=True)
-    os.remove(folder / "adapter_config.json")
-    assert "adapter_config.json" in run("infer.py", *text_think.ask, folder, fails=True)
+    os.remove(folder / "non_lora_trainables.bin")
+    assert "non_lora_trainables.bin" in run("infer.py", *text_think.ask, folder, fails=True)
+
+
+@pytest.mark.parametrize("package, code, words", [
+    ("torchaudio", "raise OSError('undefined symbol: torch_x')", "undefined symbol.*torchaudio 2"),
+    ("torchaudio", "raise ImportError('no CUDA 12')", "no CUDA 12 .beside.*torch 2"),
+    ("peft", "import no_such_package", "No module named 'no_such_package'")])
+def test_library_that_does_not_import_is_one_line(package, code, words, tmp_path):
+    write(tmp_path / f"{package}.py", code)
+    done = subprocess.run([sys.executable, "-c", "import model"], cwd=HERE, capture_output=True,
+                          text=True, timeout=100, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and re.fullmatch(f"error: .*{words}.*\n", done.stderr)
 
 
 def test_transformers_that_is_too_old_ends_in_one_line(monkeypatch):
@@ -3380,6 +3279,21 @@ def test_transformers_that_is_too_old_ends_in_one_line(monkeypatch):
     line = "^error: transformers 5.9.1 is too old; pip install -U 'transformers>=5.23'$"
     with pytest.raises(SystemExit, match=line):
         runpy.run_path(str(HERE / "model.py"))
+
+
+@pytest.mark.parametrize("error, words", [
+    (ValueError("two\nlines"), "error: two lines\n"), (KeyError("x"), "error: 'x'\n"),
+    (KeyboardInterrupt(), "stopped\n"), (BrokenPipeError(), ""),
+    (torch.OutOfMemoryError("2 GiB"), "error: no memory left (2 GiB); less is needed with care\n")])
+def test_any_exception_ends_a_program_in_one_line(error, words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", None)
+    monkeypatch.setattr(os, "dup2", lambda *args: None)
+    model.one_line_errors(less_memory="care")
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == words
+    monkeypatch.setenv("COAT_TRACEBACK", "1")
+    sys.excepthook(type(error), error, None)
+    assert type(error).__name__ in capsys.readouterr().err
 
 
 def test_missing_and_misshapen_tensors_of_a_teacher_are_counted_and_named():
@@ -3689,19 +3603,16 @@ def test_show_says_where_it_cannot_write(trained, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # What goes wrong: while training
 
+def no_room(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
 def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    save = torch.save
-    saved = []
-
-    def full(*args):
-        saved.append(args)
-        if len(saved) == 2:
-            raise OSError(28, "No space left on device")
-        save(*args)
-
-    monkeypatch.setattr(torch, "save", full)
-    flags = [*QUICK, "--stage", "2:recon", "--stage", "4:recon", "--save-every", 2]
-    error = run("train.py", *flags, "--out", tmp_path, fails=True)
+    replies = [torch.save, no_room]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *args: replies.pop(0)(*args))
+        error = run("train.py", *QUICK, "--stage", "2:recon", "--stage", "4:recon", "--save-every",
+                    2, "--out", tmp_path, fails=True)
     assert "No space left" in error
     assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
     run("train.py", "--resume", tmp_path)
@@ -3711,8 +3622,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
     process = start(train_in_a_group, tmp_path / "log", *QUICK, "--stage", "999:recon",
                     "--workers", 1, "--out", tmp_path / "run")
-    while process.is_alive() and "step 3/" not in open(process.log).read():
-        time.sleep(0.05)
+    wait_for(process, "step 3/")
     os.killpg(process.pid, signal.SIGTERM)
     ended(process)
     step = logged(tmp_path / "run", "step")[-1]
@@ -3720,70 +3630,28 @@ def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
     assert os.path.exists(tmp_path / "run" / f"checkpoint-{step}" / "state.pt")
 
 
-def test_step_that_is_not_finite_is_left_out(tmp_path):
-    printed = run("train.py", *QUICK, "--stage", "3:recon:1e30", "--out", tmp_path)
-    assert re.search(r"step 2 is left out: the loss is not finite; rows \[(\d+, ){3}\d+\]", printed)
-    assert logged(tmp_path, "lost") == [0, 1, 2] and logged(tmp_path)[1:] == [None, None]
+def test_killed_data_process_ends_the_run_in_one_line_with_a_save(tmp_path):
+    process = start(train, tmp_path / "log", *QUICK, "--stage", "999:recon", "--workers", 1,
+                    "--out", tmp_path / "run")
+    wait_for(process, "step 3/")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    ended(process, status=1)
+    step = logged(tmp_path / "run", "step")[-1]
+    last = open(process.log).read().strip().splitlines()[-1]
+    assert last.startswith("error: DataLoader worker") and f"saved after step {step}" in last
+    assert os.path.exists(tmp_path / "run" / f"checkpoint-{step}" / "state.pt")
 
 
-def test_fifth_step_in_a_row_that_is_not_finite_saves_and_ends_the_run(tmp_path):
-    error = run("train.py", *QUICK, "--stage", "9:recon:1e30", "--out", tmp_path, fails=True)
-    assert "step 6 is the 5th in a row that is left out: the loss is not finite" in error
-    state = torch.load(tmp_path / "checkpoint-6" / "state.pt", weights_only=True)
-    assert state["lost"] == 5
-
-
-def test_resume_into_another_folder_is_refused(short_run):
-    assert "leave out --out" in run("train.py", "--resume", "run", "--out", "other", fails=True)
-
-
-def test_start_that_came_to_no_checkpoint_can_be_begun_anew(tmp_path):
-    (tmp_path / "log.jsonl").write_text("of a run that was killed before its first checkpoint")
-    run("train.py", *QUICK, "--stage", "1:recon", "--out", tmp_path)
-    assert logged(tmp_path, "step") == [1]
-
-
-def test_run_with_checkpoints_is_not_begun_anew(short_run):
-    assert "already holds checkpoints" in run("train.py", *short_run, fails=True)
-
-
-def test_torchrun_restarts_a_run_where_it_stands(short_run, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    run("train.py", *short_run)
-    assert logged(Path("run"), "step") == [1, 2]
-
-
-def test_resume_refuses_other_flags(short_run):
-    error = run("train.py", "--resume", "run", "--lr", 1, fails=True)
-    assert "--lr (was 0.002, now 1.0)" in error
-
-
-def test_resume_refuses_other_rows(short_run):
-    with open("rows.jsonl", "a") as file:
-        file.write('\n{"audio": null, "prompt": "One", "response": "more"}')
-    assert "not those that the run began with" in run("train.py", "--resume", "run", fails=True)
-
-
-def test_resume_refuses_audio_of_another_length(short_run):
-    soundfile.write("1.wav", noise(0.7).numpy(), 16000)
-    assert "not those that the run began with" in run("train.py", "--resume", "run", fails=True)
-
-
-def test_resume_names_other_versions_and_ranks_and_goes_on(short_run):
-    assert "not bit for bit" not in run("train.py", "--resume", "run")
-    was = {"versions": {"torch": "1.0"}, "world": 2}
-    with edited_json("run/config.json") as config:
-        config |= was
-    printed = run("train.py", "--resume", "run")
-    assert all(f"not bit for bit: {what} was {value}" in printed for what, value in was.items())
-
-
-def test_resume_without_the_memory_calls_no_checkpoint_damaged(short_run, monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-
-    monkeypatch.setattr(torch, "load", full)
-    assert "error: no memory left" in run("train.py", "--resume", "run", fails=True)
+@pytest.mark.parametrize("steps, lost", [(3, [0, 1, 2]), (9, [0, 1, 2, 3, 4, 5])])
+def test_steps_that_are_not_finite_are_left_out_and_five_in_a_row_end_the_run(tmp_path, steps, lost):
+    flags = [*QUICK, "--stage", f"{steps}:recon:1e30", "--out", tmp_path]
+    printed = run("train.py", *flags, fails=len(lost) > 3)
+    assert re.search(r"step \d is left out: the loss of rows \[(\d+, ){3}\d+\] is not fin", printed)
+    assert logged(tmp_path, "lost") == lost
+    assert logged(tmp_path)[1:] == [None] * (len(lost) - 1)
+    state = torch.load(tmp_path / f"checkpoint-{len(lost)}/state.pt", weights_only=True)
+    assert state["progress"]["lost"] == lost[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -3812,126 +3680,89 @@ def test_run_whose_output_nobody_reads_saves_and_goes_on(tmp_path):
     process = start(train_into_a_closed_pipe, tmp_path / "log", *QUICK, "--stage", "2:recon",
                     "--out", tmp_path / "run")
     ended(process, status=1)
-    assert "Broken pipe; the run is saved after step 0; go on with" in open(process.log).read()
+    assert "Broken pipe. The run is saved after step 0; go on with" in open(process.log).read()
     run("train.py", "--resume", tmp_path / "run")
     assert logged(tmp_path / "run", "step") == [1, 2]
 
 
-def test_disk_too_full_for_the_log_ends_the_run_with_a_save(tmp_path, monkeypatch):
-    plain = open
-
-    def full(path, mode="r", *args, **kwargs):
-        if mode == "a":
-            raise OSError(28, "No space left on device")
-        return plain(path, mode, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", full)
-        error = run("train.py", *QUICK, "--stage", "2:recon", "--out", tmp_path, fails=True)
-    assert "No space left on device; the run is saved after step 1; go on with" in error
-    assert "log.jsonl lacks 1 of the 1 steps" in run("train.py", "--resume", tmp_path)
-    assert logged(tmp_path, "step") == [2]
+def test_start_that_came_to_no_checkpoint_can_be_begun_anew(tmp_path):
+    (tmp_path / "log.jsonl").write_text("of a run that was killed before its first checkpoint")
+    run("train.py", *QUICK, "--stage", "1:recon", "--out", tmp_path)
+    assert logged(tmp_path, "step") == [1]
 
 
-def test_disk_too_full_for_the_first_checkpoint_advises_a_new_start(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
+def test_torchrun_restarts_a_run_where_it_stands(short_run, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run("train.py", *short_run)
+    assert logged(Path("run"), "step") == [1, 2]
 
-    monkeypatch.setattr(torch, "save", full)
-    error = run("train.py", *QUICK, "--stage", "1:recon", "--out", tmp_path, fails=True)
-    assert error.endswith(f"make room and start anew with --out {tmp_path}")
-    assert not list(tmp_path.glob("checkpoint*"))
+
+def test_run_is_resumed_from_any_folder(finished, short_run, tmp_path, monkeypatch):
+    flags = json.loads(Path("run/config.json").read_text())["flags"]
+    assert flags["data"] == [str(finished[0] / "rows.jsonl")]
+    monkeypatch.chdir("/")
+    run("train.py", "--resume", tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--resume", "run", "--lr", 1], "--lr was 0.002 when the run began"),
+    (["--resume", "elsewhere"], "'elsewhere' is no run"),
+    (["--out", "run"], "holds checkpoints already"),
+    (["--data", "rows.jsonl", "tones", "--stage", "1:recon"], "--data names 2 for 1 stages"),
+    (["--stage", "5"], "give STEPS:EXPERTS"), (["--stage", "5:reconn"], "there is no such expert"),
+    (["--stage", "5:recon=x"], "could not convert"), (["--stage", "0:recon"], "is not from 1"),
+    (["--stage", "5:recon:nan"], "'nan' is not from"),
+])
+def test_flags_that_do_not_fit_are_refused(short_run, flags, words):
+    assert words in run("train.py", *flags, fails=True)
+
+
+def add_row():
+    with open("rows.jsonl", "a") as file:
+        file.write('\n{"audio": null, "prompt": "One", "response": "more"}')
+
+
+@pytest.mark.parametrize("change", [
+    add_row, lambda: soundfile.write("1.wav", noise(0.7).numpy(), 16000)])
+def test_resume_refuses_other_rows_and_audio_of_another_length(short_run, change):
+    change()
+    error = run("train.py", "--resume", "run", "--data", "rows.jsonl", fails=True)
+    assert "not those that the run began with" in error
+
+
+def test_resume_names_another_torch_and_number_of_ranks_and_goes_on(short_run):
+    assert "not bit for bit" not in run("train.py", "--resume", "run")
+    was = {"torch": "1.0", "world": 2}
+    with edited_json("run/config.json") as config:
+        config |= was
+    printed = run("train.py", "--resume", "run")
+    assert all(f"not bit for bit: {what} was {value}" in printed for what, value in was.items())
 
 
 def test_folder_that_another_run_holds_is_refused(short_run, monkeypatch):
     acquire = model.FileLock.acquire
     monkeypatch.setattr(model.FileLock, "acquire", lambda lock, timeout: acquire(lock, timeout=0))
-    with model.hold("run"):
-        for flags in (["--resume", "run"], short_run):
-            assert "'run' is in use by another process" in run("train.py", *flags, fails=True)
-    assert "done" in run("train.py", "--resume", "run")
+    with model.FileLock("run/.lock"):
+        assert "run/.lock" in run("train.py", "--resume", "run", fails=True)
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", "cannot be read"), (b'{"flags": {"ba', "cannot be read"), (b"\xff\xfe", "cannot be read"),
-    (b"[" * 10 ** 5, "cannot be read"), (b"[1]", "no JSON object"), (b"{}", 'lacks "flags"'),
-    (b'{"flags": []}', 'lacks "flags"'), (b'{"flags": {}}', 'lacks "data"'),
-])
-def test_damaged_config_of_a_run_is_named(short_run, content, words):
-    write("run/config.json", content)
-    for flags in (["--resume", "run"], ["--init-from", "run", "--out", "new"]):
-        error = run("train.py", *flags, fails=True)
-        assert "run/config.json' " in error and words in error and f"give {flags[0]}" in error
-
-
-@pytest.mark.parametrize("flags, words", [
-    ({"old": 3}, "--old is missing, of another kind, or"), ({"batch": "4"}, "--batch is missing"),
-    ({"lr": None}, "--lr is missing"), ({"stage": [5]}, "--stage is missing"),
-    ({"backbone": "gpt"}, "--backbone gpt: there are"), ({"batch": -1}, "'-1' is no whole number"),
-    ({"seed": math.nan}, "'nan' is no whole number"), ({"keep": "x"}, "'x' is no whole number"),
-    ({"no_think": 3}, "argument --no-think"),
-])
-def test_flags_of_a_run_are_read_as_if_they_were_given(short_run, flags, words):
-    with edited_json("run/config.json") as config:
-        config["flags"] |= flags
-    assert words in run("train.py", "--resume", "run", fails=True)
-
-
-def test_run_begun_by_code_without_one_of_the_flags_is_not_gone_on_with(short_run):
-    """But for those that change no step."""
-    with edited_json("run/config.json") as config:
-        del config["flags"]["tensorboard"]
-    run("train.py", "--resume", "run")
-    with edited_json("run/config.json") as config:
-        del config["flags"]["clip"]
-    assert "--clip is missing" in run("train.py", "--resume", "run", fails=True)
-
-
-@pytest.mark.parametrize("name, content", [
-    ("adapter_model.safetensors", None), ("adapter_config.json", b"{}"),
-    ("heads.safetensors", None), ("heads.safetensors", b""), ("heads.safetensors", b"{}" * 99),
-    ("state.pt", None), ("state.pt", b""), ("state.pt", b"{}"), ("state.pt", bytes(range(256))),
-])
-def test_damaged_file_of_a_checkpoint_is_named(short_run, name, content):
-    os.remove(f"run/checkpoint-2/{name}")
-    if content is not None:
-        write(f"run/checkpoint-2/{name}", content)
-    error = run("train.py", "--resume", "run", fails=True)
-    assert "run/checkpoint-2" in error and (name in error or "adapter" in name)
-    if "adapter" not in name:
-        assert "delete 'run/checkpoint-2'" in error
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"step": 3}, "it is of step 3"), ({"step": None}, "it is of step None"),
-    ({"optimizer": []}, "TypeError"), ({"rng": ["x"]}, "AttributeError"), (None, "something else"),
-])
-def test_state_of_another_checkpoint_is_refused(short_run, change, words):
-    path = "run/checkpoint-2/state.pt"
-    state = torch.load(path, weights_only=True)
-    torch.save(state | change if change else state["rng"], path)
-    error = run("train.py", "--resume", "run", fails=True)
-    assert path in error and words in error
-
-
-def test_moments_of_another_model_are_refused(short_run):
-    path = "run/checkpoint-2/state.pt"
-    state = torch.load(path, weights_only=True)
-    moments = state["optimizer"]["state"][0]
-    moments["exp_avg"] = moments["exp_avg"].T
-    torch.save(state, path)
-    assert "its moments are of another size" in run("train.py", "--resume", "run", fails=True)
-
-
-@pytest.mark.parametrize("damage, lacking", [
-    (lambda lines: "", 2), (lambda lines: lines[0] + lines[1][:20], 1),
-    (lambda lines: '{"step": 1, "ce": "x"}\n[1]\n' + lines[1], 1),
-])
-def test_steps_that_a_damaged_log_lacks_are_counted(short_run, damage, lacking):
-    lines = Path("run/log.jsonl").read_text().splitlines(keepends=True)
-    write("run/log.jsonl", damage(lines))
-    assert f"log.jsonl lacks {lacking} of the 2 steps" in run("train.py", "--resume", "run")
-    assert len(log_lines(Path("run"))) == 2 - lacking
+@pytest.mark.parametrize("name", ["state.pt", "heads.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{}" * 99, "nan"])
+def test_damaged_checkpoint_is_refused_in_one_line(short_run, name, content):
+    path = f"run/checkpoint-2/{name}"
+    if content == "nan" and name == "state.pt":
+        state = torch.load(path, weights_only=True)
+        state["optimizer"]["state"][0]["exp_avg"].fill_(math.nan)
+        torch.save(state, path)
+    elif content == "nan":
+        weights = safetensors.torch.load_file(path)
+        safetensors.torch.save_file({key: w * math.nan for key, w in weights.items()}, path)
+    else:
+        os.remove(path)
+        if content is not None:
+            write(path, content)
+    printed = run("train.py", "--resume", "run", fails=True)
+    assert printed.startswith("error: ")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4066,31 +3897,34 @@ def tiny_llama(folder):
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
-    """{name: model_path}, None for tiny, which is built in memory"""
-    parts = [str(tmp_path_factory.mktemp(name)) for name in ("whisper", "llama")]
-    tiny_whisper(parts[0])
-    tiny_llama(parts[1])
-    folders = {"tiny": None, "small": ",".join(parts)}
+    """{key of `coat`: (name, model_path)}; tiny has no files"""
+    folder = tmp_path_factory.mktemp("hub")
+    folders = {"tiny": ("tiny", None), "composed": ("qwen2-audio", str(folder / "composed"))}
+    tiny_whisper(folder / "whisper")
+    tiny_llama(folder / "llama")
+    compose = runpy.run_path(str(HERE / "docs/compose.py"))["compose"]
+    compose(str(folder / "whisper"), str(folder / "llama"), str(folder / "composed"))
     for name in REAL:
-        folders[name] = str(tmp_path_factory.mktemp(name))
-        tiny_hub(name, folders[name])
+        folders[name] = name, str(folder / name)
+        tiny_hub(name, folder / name)
     return folders
 
 
-def loaded(name, folder, **kwargs):
+def loaded(key, hub, **kwargs):
     """A CoAT with adapters that do something (a fresh LoRA is zero)."""
     torch.manual_seed(1)
-    coat = load_coat(name, model_path=folder, trainable=True, **kwargs)
+    coat = load_coat(*hub[key], trainable=True, train_projector=key == "composed", **kwargs)
+    coat.where = key
     with torch.no_grad():
-        for key, p in coat.named_parameters():
-            if "lora_B" in key or "trainable_tokens_delta" in key:
+        for name, p in coat.named_parameters():
+            if "lora_B" in name or "trainable_tokens_delta" in name:
                 p.add_(0.05 * torch.randn_like(p))
     return coat.eval()
 
 
-@pytest.fixture(scope="session", params=BACKBONES)
+@pytest.fixture(scope="session", params=[*BACKBONES, "composed"])
 def coat(request, hub):
-    return loaded(request.param, hub[request.param])
+    return loaded(request.param, hub)
 
 
 @pytest.fixture(scope="session")
@@ -4114,7 +3948,7 @@ def text_think(hub, tmp_path_factory):
     """The adapter of Audio Flamingo 3's authors for thinking in text, in its old layout."""
     name = "audio-flamingo-3"
     folder = tmp_path_factory.mktemp("think")
-    ours = loaded(name, hub[name])
+    ours = loaded(name, hub)
     ours.lm.save_pretrained(folder, save_embedding_layers=False)
     path = folder / "adapter_model.safetensors"
     old = {}
@@ -4128,7 +3962,7 @@ def text_think(hub, tmp_path_factory):
     torch.save({"base_model.model.multi_modal_projector.linear_2.bias": bias},
                folder / "non_lora_trainables.bin")
     ask = ["ask", name, HERE / "assets/clips/cow.flac", "--question", "?", "--device", "cpu",
-           "--model-path", hub[name], "--max-new-tokens", 2, "--json", "--text-think"]
+           "--model-path", hub[name][1], "--max-new-tokens", 2, "--json", "--text-think"]
     return SimpleNamespace(ours=ours, folder=str(folder), bias=bias, ask=ask)
 
 
@@ -4141,7 +3975,8 @@ def rows():
 
 
 def two_questions(coat):
-    return build_inputs(coat, [noise(1.0), noise(2.2, 5)], ["Which?", "Which note is it?"])
+    return build_inputs(coat, [noise(1.0), noise(2.2, 5)], ["Which?", "Which note is it?"],
+                        think=True)
 
 
 def noise(seconds, seed=0):
@@ -4163,10 +3998,6 @@ def run_card(folder, clip, question):
     with contextlib.redirect_stdout(out):
         exec(code.replace("What is heard?", question), {})
     return out.getvalue()
-
-
-def print_greedy(adapter, batch):
-    print(greedy(load_coat(adapter), torch.load(batch, weights_only=True)).tolist())
 
 
 @torch.no_grad()
@@ -4677,6 +4508,11 @@ def start(target, log, *args, **env):
     open(log, "w").close()
     process.start()
     return process
+
+
+def wait_for(process, words):
+    while process.is_alive() and words not in open(process.log).read():
+        time.sleep(0.05)
 
 
 def ended(*processes, status=0):
