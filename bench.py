@@ -26,7 +26,7 @@ from data import collate, expert_targets, open_source, to_device, usable_rows
 from experts import EXPERTS, load_experts
 from heads import heads_for
 from model import (BACKBONES, COUNT, SAMPLE_RATE, CoAT, InputError, load_coat, load_text_think,
-                   mixed_precision, one_line_errors, usable_device)
+                   one_line_errors, usable_device)
 
 # Seconds of audio. Table E has five ranges from 0 to 120 s; the bounds between them are ours.
 RANGES = ((0.1, 5), (5, 10), (10, 30), (30, 60), (60, 120.001))
@@ -242,7 +242,7 @@ def train(args):
         optimizer = torch.optim.AdamW(params, lr=1e-5, fused=on_gpu)
         for start in range(0, n, args.batch):
             batch = to_device(batch_of(rows[start:start + args.batch], names), device)
-            with mixed_precision(device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 out = coat(batch)
                 some = {name: experts[name] for name in names}
                 targets = expert_targets(some, batch, out.audio_embeds)
@@ -310,7 +310,7 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (latency, train):
-        p = commands.add_parser(command.__name__, help=command.__doc__)
+        p = commands.add_parser(command.__name__, help=command.__doc__, usage="%(prog)s [flags]")
         p.set_defaults(run=command)
         add = p.add_argument
         add("--backbone", default="tiny", choices=list(BACKBONES))

@@ -185,6 +185,8 @@ class ExpertHeads(nn.ModuleDict):
         """Measures what the best constant answer to `clips`, [(L, E)] z_k, costs, and lets the head
         start from the mean feature: output weights zero, bias the mean."""
         z = torch.cat(clips).float()
+        if not z.isfinite().all():    # it would stay in the scales for good
+            raise ValueError(f"expert '{task}' gives NaN or infinity for one of the first clips")
         for term, loss, on_readout in self.losses_of(task):
             target = z
             if on_readout:

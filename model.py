@@ -551,21 +551,19 @@ class CoAT(nn.Module):
 
     def write_card(self, folder, card):
         """README.md: how to use the folder without this code."""
-        files = origin(self.name, self.model_path)
-        names = [files["pretrained_model_name_or_path"]] if files else []
+        place, revision = origin(self.name, self.model_path)
         write_file(os.path.join(folder, "README.md"), string.Template(read_asset(card)).substitute(
             name=self.name, licence=getattr(self.hf.config, "licence", self.backbone.licence),
             model_class=type(self.hf).__name__, dtype=str(self.hf.dtype).removeprefix("torch."),
-            origins=json.dumps(names), origin="".join(names),
-            revision=f', revision="{files["revision"]}"' if "revision" in files else "",
+            origin=place, revision=f', revision="{revision}"' if revision else "",
             window=f"{self.backbone.piece_seconds:.0f}"))
 
     def complete_omni(self, folder, is_adapter):
         """Adds what plain classes of Qwen2.5-Omni want: the settings for images, and a merged
         thinker's config inside the full model's, the only one that vLLM knows."""
-        files = origin(self.name, self.model_path)
+        place, revision = origin(self.name, self.model_path)
         settings = transformers.utils.cached_file(
-            files.pop("pretrained_model_name_or_path"), "preprocessor_config.json", **files,
+            place, "preprocessor_config.json", revision=revision,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False)
         if settings:
@@ -609,7 +607,15 @@ def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype
         think = saved_as(model_path)["think"]
     if model_path and os.path.isdir(model_path):
         model_path = os.path.abspath(model_path)
-    lm, processor = load_backbone(name, model_path, device, dtype, random)
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    place, revision = origin(name, model_path)
+    if random or not place:    # tiny has no files
+        lm, processor = build_random(name, device, dtype)
+    else:
+        with reading(f"{name} from '{place}'"):
+            lm, processor = read_backbone(BACKBONES[name], place, revision, device, dtype)
+    lm.eval().requires_grad_(False)
     think_ids = add_tokens(lm, processor.tokenizer)
     if adapter:
         lm = load_adapter(lm, adapter, name, trainable)
@@ -628,21 +634,6 @@ def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype
     return CoAT(lm, processor, name, model_path, think_ids, think)
 
 
-def load_backbone(name, model_path=None, device="cpu", dtype=None, random=False):
-    """(model, processor) of a row of BACKBONES, frozen; see load_coat. Raises InputError."""
-    if name not in BACKBONES:
-        raise InputError(f"unknown backbone '{name}'; there are {', '.join(BACKBONES)}")
-    if dtype is None:
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    files = origin(name, model_path)
-    if random or not files:
-        model, processor = build_random(name, device, dtype)
-    else:
-        with reading(f"{name} from '{files['pretrained_model_name_or_path']}'"):
-            model, processor = read_backbone(BACKBONES[name], files, device, dtype)
-    return model.eval().requires_grad_(False), processor
-
-
 @contextlib.contextmanager
 def reading(what):
     """What goes wrong while files are read, of any kind, becomes an InputError that names them."""
@@ -656,37 +647,37 @@ def reading(what):
 
 
 def origin(name, model_path=None):
-    """Where a backbone's files are, as keywords of from_pretrained; tiny has none. Raises
+    """Where a backbone's files are: a folder and None, or a name and a revision of the hub. Raises
     InputError."""
     given = str(model_path or BACKBONES[name].hub_id)
     if os.path.isdir(given):
-        return {"pretrained_model_name_or_path": os.path.abspath(given)}
-    given, _, revision = given.partition("@")
+        return os.path.abspath(given), None
+    place, _, revision = given.partition("@")
     if model_path and not revision:
         raise InputError(f"there is no folder '{given}'; give one, or NAME@REVISION of the hub")
-    return {"pretrained_model_name_or_path": given, "revision": revision or "main"} if given else {}
+    return place, revision or "main"
 
 
-def read_backbone(backbone, files, device, dtype):
+def read_backbone(backbone, place, revision, device, dtype):
     """(model, processor) from a folder or the hub. Raises ValueError where transformers would make
     up what is missing, such as a tokenizer."""
-    given, _ = transformers.PreTrainedConfig.get_config_dict(**files)
+    given, _ = transformers.PreTrainedConfig.get_config_dict(place, revision=revision)
     if given.get("model_type") not in backbone.model_types:
         raise ValueError(f"its config.json is that of '{given.get('model_type')}'")
     if None in (given.get(part, "") for part in ("text_config", "audio_config", "thinker_config")):
         raise ValueError("a part of its config is null")    # it would be the default, of 30 GB
     if given.get("quantization_config"):
         raise ValueError("its weights are quantised; no adapter could be merged into them")
-    processor = backbone.processor_class.from_pretrained(**files)
+    processor = backbone.processor_class.from_pretrained(place, revision=revision)
     if not processor.chat_template:
         raise ValueError("it has no chat template")
     # Without the block that CoAT.save added: ours is placed by encode_row.
     processor.chat_template = processor.chat_template.partition("{# the thinking block #}")[0]
-    config = backbone.model_class.config_class.from_pretrained(**files)
+    config = backbone.model_class.config_class.from_pretrained(place, revision=revision)
     if backbone.model_types[0] == "qwen2_5_omni":
         config.vision_config.depth = 0    # also in what is saved, for plain transformers
-    model = read_weights(
-        backbone.model_class, files, config=config, dtype=dtype, device_map=device)
+    model = read_weights(backbone.model_class, place, revision=revision, config=config, dtype=dtype,
+                         device_map=device)
     audio_id = model.config.audio_token_id
     if processor.tokenizer.convert_tokens_to_ids(backbone.audio_token) != audio_id:
         raise ValueError("its tokenizer is missing, or not the one in which "
@@ -694,10 +685,10 @@ def read_backbone(backbone, files, device, dtype):
     return model, processor
 
 
-def read_weights(model_class, files, **kwargs):
+def read_weights(model_class, place, **kwargs):
     """A model with all of its weights. Raises ValueError where transformers fills in noise."""
     model, report = model_class.from_pretrained(
-        **files, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     wrong = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if wrong:
         raise ValueError(f"{len(wrong)} tensors are missing or misshapen, such as {min(wrong)}")
@@ -784,21 +775,20 @@ def load_text_think(name, folder, model_path=None, device="cpu", dtype=None):
     2, appendix D). Raises InputError.
 
     folder  its `think` folder: a PEFT adapter and non_lora_trainables.bin"""
-    lm, processor = load_backbone(name, model_path, device, dtype)
+    coat = load_coat(name, model_path, device=device, dtype=dtype)
     path = os.path.join(folder, "non_lora_trainables.bin")
     weights = {}
     for key, value in torch.load(path, map_location=device, weights_only=True).items():
         key = key.removeprefix("base_model.model.")
         for old, new in BEFORE_5.items():
             key = re.sub("^" + re.escape(old), new, key)
-        weights[key] = value.to(lm.dtype)
+        weights[key] = value.to(coat.hf.dtype)
     # load_state_dict would pass over the names of another layout in silence.
-    unknown = lm.load_state_dict(weights, strict=False).unexpected_keys
+    unknown = coat.lm.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
         raise InputError(f"'{path}' is of another model: {name} has no {unknown[0]}")
-    lm = load_adapter(lm, folder, name)
-    think_ids = add_tokens(lm.get_base_model(), processor.tokenizer)
-    return CoAT(lm, processor, name, model_path, think_ids, think=False).merge()
+    coat.lm = load_adapter(coat.lm, folder, name)
+    return coat.merge()
 
 
 # How names in a model began before transformers 5, and how they begin now.

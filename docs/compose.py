@@ -31,13 +31,15 @@ def compose(whisper, text_model, folder):
         raise InputError(f"'{folder}' is there already; give a new folder")
     backbone = BACKBONES["qwen2-audio"]
     with reading(f"'{whisper}' as a Whisper"):
-        files = origin("qwen2-audio", whisper)
-        encoder = read_weights(transformers.WhisperModel, files, dtype=torch.float32).encoder
-        extractor = transformers.WhisperFeatureExtractor.from_pretrained(**files)
+        place, revision = origin("qwen2-audio", whisper)
+        encoder = read_weights(transformers.WhisperModel, place, revision=revision,
+                               dtype=torch.float32).encoder
+        extractor = transformers.WhisperFeatureExtractor.from_pretrained(place, revision=revision)
     with reading(f"'{text_model}' as a text model"):
-        files = origin("qwen2-audio", text_model)
-        lm = read_weights(transformers.AutoModelForCausalLM, files, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**files)
+        place, revision = origin("qwen2-audio", text_model)
+        lm = read_weights(transformers.AutoModelForCausalLM, place, revision=revision,
+                          dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision)
         if not set(backbone.eos) <= set(tokenizer.get_vocab()):
             raise ValueError(f"it has no {' or '.join(backbone.eos)}, so it is not ChatML")
     tokenizer.pad_token = backbone.eos[1]
