@@ -490,7 +490,7 @@ def ask_heldout(coat, kinds, args):
     results = {}
     say(f"\n{'held-out question':28}{'heard':>8}{'other clip':>12}{'chance':>8}")
     for i, kind in enumerate(kinds):
-        question, answers, _ = TONES[kind]
+        question, answers = TONES[kind]
         rows = [heldout[row] for row in range(i, args.heldout * len(kinds), len(kinds))]
         others = [row | {"wave": rows[j - 1]["wave"]} for j, row in enumerate(rows)]
         shares = [share_right(rows), share_right(others), 1 / len(answers)]
