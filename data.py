@@ -10,8 +10,8 @@ A manifest holds one JSON object a line; audio paths are relative to it, null is
     {"audio": "clips/rain.flac", "prompt": "What is heard?", "response": "rain", "task": "caption"}
 
 Optional: "start" and "end" in seconds (a segment of the file), "seconds" (its length, saves opening
-the file to sort by length), "choices" (the options of a multiple-choice row), "question" (what a
-judge is shown instead of the prompt). Rows count from 0 in all files and messages.
+the file), "choices" (of a multiple-choice row), "question" (what a judge is shown instead of the
+prompt). Rows count from 0 in all files and messages.
 """
 import argparse
 import ast
@@ -44,7 +44,7 @@ from model import (ASSETS, IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputE
 
 MAX_KERNEL = 2 ** 24      # taps of a resampling kernel; for 44,099 Hz it would take gigabytes
 MAX_PEAK = 2.0            # mp3 and resampling go a bit above 1, integers stored as float far above
-STREAMED = 0x7f000000     # bytes, and 2 ** 40 frames: headers of a pipe state more, and know nothing
+STREAMED = 0x7f000000     # bytes: headers that state more were written into a pipe
 # How a stream begins, where files are joined at times.
 STARTS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22",
           "MP3": rb"\AID3|\A\xff[\xe0-\xff]"}
@@ -57,9 +57,7 @@ torch.multiprocessing.set_sharing_strategy("file_system")
 # Audio. A clip is a path, or the bytes of a file.
 
 class Sound(soundfile.SoundFile):
-    """A clip, to be decoded once from front to back.
-
-    length      in frames, or None if the header does not state it"""
+    """A clip, to be decoded once from front to back. length: in frames, None if not stated"""
 
     def __init__(self, clip):
         self.stream = open(clip, "rb") if isinstance(clip, str) else io.BytesIO(clip)
@@ -87,32 +85,31 @@ class Sound(soundfile.SoundFile):
 
 
 def open_audio(clip, start=None, end=None, name=None):
-    """Opens a clip, or a segment of it in seconds, and checks all that its header says.
+    """Checks what the header of a clip, or of a segment in seconds, says. Raises InputError.
 
-    Returns (Sound, first frame, frame after the last). Raises InputError with the name."""
+    Returns (Sound, first frame, frame after the last)"""
     name = name or clip
     if isinstance(clip, str) and not os.path.isfile(clip):
-        raise InputError(f"no file '{name}'; check the path")
+        raise InputError(f"no file '{name}'")
     try:
         sound = Sound(clip)
         if sound.length is None:
             length = sum(map(len, iter(lambda: list(sound.read(sound.samplerate)), [])))
             sound = Sound(clip)
             sound.length = length
-    except (TypeError, soundfile.LibsndfileError) as e:    # TypeError: .raw, which has no header
-        raise InputError(f"cannot decode '{name}' ({getattr(e, 'error_string', 'no header')}); "
-                         f"make a wav of it: ffmpeg -i '{name}' clip.wav") from e
+    except (OSError, TypeError, soundfile.LibsndfileError) as e:    # TypeError: .raw
+        raise InputError(f"cannot decode '{name}' ({getattr(e, 'error_string', e)}); make a wav: "
+                         f"ffmpeg -i '{name}' clip.wav") from e
     rate = sound.samplerate
     first = round((start or 0) * rate)
     last = sound.length if end is None else min(sound.length, round(end * rate))
     if sound.format not in WHOLE:
-        raise InputError(f"'{name}' is {sound.format}, which cannot tell whether it is whole; "
-                         "convert it to wav or flac")
+        raise InputError(f"'{name}' is {sound.format}, which cannot tell whether it is whole")
     # libsndfile reads what is left of a file; only its log tells.
     sizes = re.findall(r": +(\d+) \(should be (\d+)\)", sound.extra_info)
     is_cut = [1.01 * int(there) < int(stated) < STREAMED for stated, there in sizes]
     if last == sound.length and (any(is_cut) or "Junk after the last page" in sound.extra_info):
-        raise InputError(f"'{name}' is cut off, or is two files in one; copy or export it again")
+        raise InputError(f"'{name}' is cut off, or two files in one; export it again")
     if not 0 <= first < last:
         raise InputError(f"'{name}' has no samples from {start or 0} s to {end or 'its end'}; "
                          f"it lasts {sound.length / rate:.2f} s")
@@ -123,7 +120,7 @@ def open_audio(clip, start=None, end=None, name=None):
 def read_audio(clip, start=None, end=None, name=None):
     """A clip, or a segment of it in seconds -> ((N,) float32 mono in [-1, 1], its rate in Hz).
 
-    Reads whatever libsndfile decodes and shows to be whole. Raises InputError."""
+    Reads what libsndfile decodes and shows to be whole. Raises InputError."""
     name = name or clip
     sound, first, last = open_audio(clip, start, end, name)
     with sound:
@@ -136,18 +133,17 @@ def read_audio(clip, start=None, end=None, name=None):
         except soundfile.LibsndfileError as e:
             raise InputError(f"'{name}' breaks off ({e.error_string}); export it again") from e
         if len(frames) < 0.99 * (last - first):
-            raise InputError(f"'{name}' is cut off: {len(frames)} of {last - first} samples; "
-                             "copy it again")
+            raise InputError(f"'{name}' is cut off: {len(frames)} of {last - first} samples")
         if sound.format != "MP3":    # that was read frame by frame; of one more a rest may be left
             sound.stream.seek(4)
         rest = sound.stream.read() if last == sound.length else b""
         if len(rest) > 4096 and re.search(STARTS.get(sound.format, b"$^"), rest):
-            raise InputError(f"'{name}' goes on after its end at {last / sound.samplerate:.2f} s, "
-                             "as joined files do; decode them one by one, or export it again")
+            raise InputError(f"'{name}' goes on after its end at {last / sound.samplerate:.2f} s: "
+                             "files joined in one; export it again")
     peak = np.abs(frames).max()
     if not peak <= MAX_PEAK:    # so that NaN is refused too
-        raise InputError(f"'{name}' has samples up to {peak:g}; export it with samples from -1 to "
-                         "1 (or divide: integers were stored as float)")
+        raise InputError(f"'{name}' has samples up to {peak:g}, not -1 to 1; divide integers that "
+                         "were stored as float")
     return torch.from_numpy(frames).mean(1), sound.samplerate
 
 
@@ -155,25 +151,23 @@ def at_rate(wave, rate, new_rate):
     """(N,) at `rate` Hz -> (ceil(N new_rate / rate),) at `new_rate` Hz. Raises InputError."""
     taps = math.lcm(rate, new_rate) // math.gcd(rate, new_rate)
     if taps > MAX_KERNEL:
-        raise InputError(f"cannot resample from {rate} to {new_rate} Hz; convert the file to a "
-                         "usual rate such as 16000 or 44100 Hz")
+        raise InputError(f"cannot resample from {rate} to {new_rate} Hz; take a usual rate")
     return resample(wave, rate, new_rate)
 
 
 # --------------------------------------------------------------------------------------------------
 # Sources of rows. Each has
-#   len(), load(i)  number of rows; row i, with "wave" (N,) and "rate" in Hz if it has audio
-#   lengths         (rows,) seconds of audio, 0 without
-#   skipped         [(row number, InputError)] of those that headers and stated lengths rule out
-#   files, about    what it is read from; one line that says what it is
-#   draw(n, rng)    (n,) row numbers of a stage in random order
+#   len(), load(i)   number of rows; row i, with "wave" (N,) and "rate" in Hz if it has audio
+#   lengths          (rows,) seconds of audio, 0 without
+#   skipped          [(row, InputError)] of those that headers and stated lengths rule out
+#   files, about     what it is read from; what it is, in one line
+#   draw(n, rng)     (n,) row numbers of a stage in random order
 
 def open_source(text, training_rows=None, seed=0):
     """rows.jsonl, mixture.json, a benchmark (see Benchmark), or synthetic tones, tones[:KINDS[:N]].
 
-    training_rows   how many rows training takes in all. Of tones there are as many, or, with N, N
-                    labelled clips of each kind, chosen by seed, and as many without a label.
-                    None: held-out tones, N rows of each kind (60)"""
+    training_rows   as many tones, or, with N, N labelled clips of each kind, chosen by seed, and as
+                    many without a label. None: held-out tones, N of each kind (60)"""
     if re.split("[@=]", text)[0] in BENCHMARKS:
         return Benchmark(text)
     if not re.match("tones(:|$)", text):
@@ -181,8 +175,7 @@ def open_source(text, training_rows=None, seed=0):
     found = re.fullmatch(r"tones(?::([\w,]*)(?::([1-9]\d{0,5}))?)?", text)
     kinds = (found and found[1] or ",".join(DEFAULT_TONES)).split(",")
     if not found or set(kinds) - set(TONES):
-        raise InputError(f"'{text}': give tones[:KINDS[:N]] with KINDS from {','.join(TONES)} and "
-                         "N from 1 to 999999")
+        raise InputError(f"'{text}': give tones[:KINDS[:N]], KINDS from {','.join(TONES)}")
     if training_rows is None:
         return Tones("heldout", int(found[2] or 60) * len(kinds), kinds)
     return Tones("train", training_rows, kinds, int(found[2] or 0), seed)
@@ -200,7 +193,7 @@ def passes(rows, n, rng):
 
 
 def fingerprint(source):
-    """Hex digest of what the plan of a stage follows from: the rows and the lengths of the audio."""
+    """Hex digest of what plans follow from: the rows and the lengths of the audio."""
     found = hashlib.sha256(source.lengths.tobytes())
     for path in source.files:
         with open(path, "rb") as file:
@@ -217,9 +210,7 @@ LOADED_KEYS = ("wave", "rate", "row")    # what loading adds
 
 
 def parse_row(line, where, answered=True):
-    """A line of a manifest, bytes -> the row. Raises InputError that begins with `where`.
-
-    answered    False: it needs no response"""
+    """A line of a manifest, bytes -> the row; answered: it needs a response. Raises InputError."""
     row = {"audio": None, "task": "qa", "seconds": None} | ({} if answered else {"response": "?"})
     try:
         row |= json.loads(line.decode("utf-8-sig"))
@@ -235,17 +226,15 @@ def parse_row(line, where, answered=True):
                 kind is NUMBER and not 0 <= (value or 0) <= 1e6):
             bad.append(key)
     if bad:
-        raise InputError(f'{where}: "{bad[0]}" is missing, empty, taken or of another kind; a row '
-                         'has "audio", "prompt", "response"; data.py convert reads other formats')
+        raise InputError(f'{where}: "{bad[0]}" is missing, empty, taken or of another kind; '
+                         "python data.py convert reads other formats")
     row["task"] = row["task"].strip().lower()
     return row
 
 
 class Manifest:
-    """The rows of JSON-lines files, one file after the other.
-
-    Each line is checked once and read again when it is needed, so that a row takes 16 bytes of
-    memory. Raises InputError with the line's number if one is malformed."""
+    """The rows of JSON-lines files. Each line is checked once and read again when it is needed, so
+    that a row takes 16 bytes of memory. Raises InputError with the number of a malformed one."""
 
     files = ()
     left_out = ()    # of skipped, what is known without looking at the audio
@@ -257,11 +246,9 @@ class Manifest:
         starts = array("q")    # first byte of each row in its file
         stated = array("d")    # seconds of each row, nan where unknown
         for path in paths:
-            if os.path.isdir(path) or path.endswith(".parquet"):
-                raise InputError(f"'{path}' is no manifest; python data.py convert hub writes one")
-            if not os.path.isfile(path):
-                raise InputError(f"no manifest '{path}'; give a file with one JSON object a line, "
-                                 f"or a benchmark: {', '.join(BENCHMARKS)}")
+            if not os.path.isfile(path) or path.endswith(".parquet"):
+                raise InputError(f"'{path}' is no file with one JSON object a line (data.py convert "
+                                 f"writes one), nor a benchmark: {', '.join(BENCHMARKS)}")
             start = 0
             for number, line in enumerate(open(path, "rb"), 1):
                 if line.strip():
@@ -273,7 +260,7 @@ class Manifest:
                     self.tasks[row["task"]] += 1
                 start += len(line)
             if len(starts) == self.first[-1]:
-                raise InputError(f"'{path}' holds no rows; write one JSON object a line")
+                raise InputError(f"'{path}' holds no rows")
             self.first.append(len(starts))
         self.starts = np.array(starts)
         self.stated = np.array(stated)
@@ -370,8 +357,8 @@ class Mixture(Manifest):
     """Manifests in groups with shares, from a mixture file (appendix A). Raises InputError.
 
     A stage draws each group by its share and the sources in it alike or by size (appendix A says
-    both), in whole passes and none beyond its max_epochs. What a source cannot give goes to the
-    others of its group, what a group cannot give to other groups."""
+    both), in whole passes, none beyond its max_epochs. What a source cannot give goes to the others
+    of its group, what a group cannot give to other groups."""
 
     def __init__(self, path):
         self.path = path
@@ -385,23 +372,21 @@ class Mixture(Manifest):
             limit = spec.pop("max_epochs", math.inf)
             self.stage_rows = int(spec.pop("rows", 1_600_000))
             for group, given in spec.pop("groups").items():
-                sources = [{"rows": source} if isinstance(source, str) else source
-                           for source in given.pop("sources")]
-                members = np.arange(len(paths), len(paths) + len(sources))
-                paths += [os.path.join(os.path.dirname(path), source["rows"]) for source in sources]
-                self.max_epochs += [float(source.get("max_epochs", limit)) for source in sources]
-                by_size = {"uniform": False, "by size": True}[given.pop("draw", "uniform")]
+                first = len(paths)
+                for source in given.pop("sources"):
+                    source = {"rows": source} if isinstance(source, str) else source
+                    paths.append(os.path.join(os.path.dirname(path), source["rows"]))
+                    self.max_epochs.append(float(source.get("max_epochs", limit)))
                 share = float(given.pop("share"))
-                self.groups[group] = (share, by_size, members)
+                by_size = {"uniform": False, "by size": True}[given.pop("draw", "uniform")]
+                self.groups[group] = (share, by_size, np.arange(first, len(paths)))
                 spec |= given    # nothing may be left
-                if not 0 < share < math.inf or not sources:
+                if not 0 < share < math.inf or first == len(paths):
                     raise ValueError(f"{group} needs a share above 0 and sources")
             if spec or not min(self.max_epochs) > 0 or text.count('"share"') > len(self.groups):
-                raise ValueError("max_epochs is above 0, each group comes once, and there is no "
-                                 f"other key: {', '.join(spec)}")
+                raise ValueError(f"max_epochs of 0, a group twice, or other keys: {list(spec)}")
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
-            raise InputError(f"'{path}' is no mixture ({type(e).__name__}: {e}); compare it with "
-                             "assets/mixture.json") from e
+            raise InputError(f"'{path}' ({type(e).__name__}: {e}); see assets/mixture.json") from e
         super().__init__(*paths)
         self.files = (path, *paths)
 
@@ -413,7 +398,7 @@ class Mixture(Manifest):
         budget = allot(n, shares, [caps[members].sum() for _, _, members in self.groups.values()])
         if budget.sum() < n:
             raise InputError(f"a stage of {n} rows, but '{self.path}' has {budget.sum()} under its "
-                             "max_epochs; train fewer steps, raise max_epochs or add rows")
+                             "max_epochs")
         counts = np.zeros(len(caps), int)
         for (_, by_size, members), rows in zip(self.groups.values(), budget):
             weights = [max(1, len(self.usable[k])) if by_size else 1 for k in members]
@@ -421,8 +406,8 @@ class Mixture(Manifest):
         return counts
 
     def draw(self, n, rng):
-        """Of a source each row comes k or k+1 times. The caller's generator stays as it is."""
-        rng = copy.deepcopy(rng)
+        """Of a source each row comes k or k+1 times."""
+        rng = copy.deepcopy(rng)    # the caller's stays as it is
         drawn = [passes(rows, k, rng) for rows, k in zip(self.usable, self.counts(n))]
         return rng.permutation(np.concatenate(drawn))
 
@@ -442,26 +427,13 @@ class Mixture(Manifest):
 
 
 # --------------------------------------------------------------------------------------------------
-# Synthetic tones, each with a question that only the sound answers
+# Synthetic tones, each with a question that only the sound answers: {kind: (question, answers)}
 
-PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
-TONES = {    # kind: (question, all possible answers)
-    "louder": ("Which half is louder?", ("first", "last")),
-    "glide": ("Up, down or flat?", ("up", "down", "flat")),
-    "clicks": ("How many clicks?", ("1", "2", "3", "4")),
-    "timbre": ("Which sound?", ("flute", "buzzer", "bell", "noise")),
-    "voices": ("How many notes?", ("1", "2", "3")),
-    "note": ("Which note?", ("C", "D", "E", "F", "G", "A", "B")),
-    "semitone": ("Which pitch class?", PITCH_CLASSES),
-}
-DEFAULT_TONES = tuple(kind for kind in TONES if kind != "semitone")    # that one only by name
-UNLABELLED = {"prompt": "Listen.", "response": "ok", "choices": ("ok",), "task": "unlabelled"}
-TIMBRES = {    # ratios and strengths of the partials
-    "flute": ((1, 2), (1, 0.15)),
-    "buzzer": ((1, 3, 5, 7, 9), (1, 1, 0.8, 0.6, 0.5)),
-    "bell": ((1, 2.76, 5.4), (1, 0.8, 0.6)),
-    "reed": ((1, 2, 3, 4, 5), (1, 0.7, 0.5, 0.35, 0.25)),
-}
+TONES = read_json(os.path.join(ASSETS, "tones.json"))
+TIMBRES = TONES.pop("timbres")    # {name: (ratios, strengths) of the partials}
+PITCH_CLASSES = TONES["semitone"][1]    # C, C# .. B
+DEFAULT_TONES = [kind for kind in TONES if kind != "semitone"]    # that one only by name
+UNLABELLED = {"prompt": "Listen.", "response": "ok", "choices": ["ok"], "task": "unlabelled"}
 
 
 def partials(pitch, timbre, rng):
@@ -581,9 +553,9 @@ class Tones:
 def plan_stage(source, steps, batch, seed, stage, window=50):
     """(steps, batch) row numbers of a stage, rows of a step alike in length.
 
-    `window` steps at a time of what the source draws are sorted by length, see deal, and dealt out
-    again in random order; rows of text are dealt evenly over the steps. A function of its arguments
-    alone, so that a resumed run only needs to know its step. Raises InputError without any row."""
+    `window` steps at a time of what the source draws are sorted by length, see deal, and come in
+    random order; rows of text are dealt evenly over them. A function of its arguments alone, so
+    that a resumed run only needs its step. Raises InputError without any row."""
     if len(source.skipped) == len(source):
         raise InputError(f"none of the {len(source)} rows can be used; "
                          f"the first: {source.skipped[0][1]}")
@@ -606,8 +578,7 @@ def plan_stage(source, steps, batch, seed, stage, window=50):
 
 def deal(rows, batch):
     """(n,) row numbers in order -> (n / batch, batch): each step takes the next ones, but of copies
-    of a row, as small sources need them, only one: the others change places with rows of the
-    nearest steps that have none."""
+    of a row only one; the others change places with rows of the nearest steps that have none."""
     steps = rows.reshape(-1, batch)
     if len(np.unique(rows)) == len(rows):
         return steps
@@ -639,12 +610,12 @@ class Rows(torch.utils.data.Dataset):
 def collate(rows, spec, rates=(), think=True, responses=True, micro_tokens=None):
     """Loaded rows of a step -> ([its micro-batches], [InputError of those left out]).
 
-    A batch is that of build_inputs, with labels, and what training and scoring need beside it:
+    A batch is that of build_inputs, with labels, and beside it
     waves       {rate in Hz: [(N,) or None, one a row]} at 16 kHz and at the experts' rates
-    rows        the loaded rows without their waves
+    rows        the loaded rows without their waves; none: an idle batch
     seconds     of audio
     A micro-batch has at most micro_tokens tokens with its padding, or one row. The losses are sums,
-    so any cut gives the same step. None of the rows usable: one idle batch, whose "rows" is empty."""
+    so any cut gives the same step."""
     encoded = []
     skipped = []
     for row in rows:
@@ -697,7 +668,6 @@ def to_device(batch, device):
 
 def expert_targets(experts, batch, audio_embeds=None):
     """{name: (B, L, E)} z_k, the features of the frozen experts at the thinking tokens (25 Hz).
-    audio_embeds    (B, L, D) of the model's Output, which are recon's
 
     Clip by clip, unpadded: clip-wide normalisation, reflection at the ends and ALiBi depend on the
     true length. In fp32 (a GPU's convolutions: TF32): bf16 would show in their log spectra."""
@@ -705,8 +675,7 @@ def expert_targets(experts, batch, audio_embeds=None):
     lengths = batch["n_audio"]
     for name, expert in experts.items():
         if expert.sample_rate is None:    # recon: what the language model consumes
-            if audio_embeds is not None:
-                targets[name] = expert(audio_embeds)
+            targets[name] = expert(audio_embeds)
             continue
         frames = [torch.zeros(0, expert.dim, device=lengths.device)]    # none in a batch of text
         for wave, n_audio in zip(batch["waves"][expert.sample_rate], lengths.tolist()):
@@ -719,8 +688,7 @@ def expert_targets(experts, batch, audio_embeds=None):
 
 # --------------------------------------------------------------------------------------------------
 # Data sets as tables. assets/corpora.json describes what one trains on, as its makers lay it out,
-# assets/benchmarks.json the paper's evaluation sets as lmms-eval has them on the hub; both say what
-# their keys mean.
+# assets/benchmarks.json the evaluation sets as lmms-eval has them; both say what their keys mean.
 
 LETTERS = string.ascii_uppercase
 SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aiff", ".aif", ".w64", ".caf")
@@ -776,10 +744,11 @@ def make_rows(spec, cells, root="", audio=None):
     question = next(filter(str.strip, fill("question")), "").strip()
     wordings = spec.get("wordings") or WORDINGS[spec["task"]]
     lettered = []
-    if spec.get("options") or spec.get("choices"):
-        columns = spec.get("choices")
-        row["choices"] = read_choices(spec.get("options") or (
-            cells[columns] if isinstance(columns, str) else [cells[key] for key in columns]))
+    columns = spec.get("choices")
+    options = spec.get("options") or (cells[columns] if isinstance(columns, str)
+                                      else [cells[column] for column in columns or ()])
+    if columns or options:
+        row["choices"] = read_choices(options)
         if spec["task"] in CLASSES:    # in an order of the clip's own, so that no letter is a hint
             question = wordings[digest(name) % len(wordings)]
             row["choices"].sort(key=lambda choice: digest(name, choice))
@@ -821,8 +790,8 @@ def read_choices(given):
     if isinstance(given, str) and given.startswith("["):
         with contextlib.suppress(ValueError, SyntaxError):
             given = ast.literal_eval(given)
-    if isinstance(given, str):
-        given = given.strip().split("\n" if "\n" in given else "|")
+    if isinstance(given, str):    # "(A) this (B) that", too
+        given = re.split(r"\n|\s(?=\([B-Z]\)\s)|\|", given.strip())
     texts = ["" if text is None else str(text).strip() for text in given or ()]
     while texts and not texts[-1]:
         texts.pop()
@@ -905,14 +874,14 @@ def read_table(path, quoted=True, each=()):
 
 
 def corpus_items(name, root, split):
-    """Yields {column: value} of the items of a corpus, or why one becomes no row."""
+    """Yields arguments of make_rows for the items of a corpus, or why one becomes no row."""
     spec = CORPORA[name]
     as_named = spec.get("split_names", {}).get(split, split)
-    tables = [glob.escape(root) + "/" + table.replace("{split}", as_named)
-              for table in as_list(spec["table"])]
-    paths = next(filter(None, map(glob.glob, tables)), None)
+    tables = [table.replace("{split}", as_named) for table in as_list(spec["table"])]
+    found = (glob.glob(f"{glob.escape(root)}/{table}") for table in tables)
+    paths = next(filter(None, found), None)
     if not paths:
-        raise InputError(f"no file '{tables[0]}'; {layout_of(name)}")
+        raise InputError(f"no file '{root}/{tables[0]}'; {layout_of(name)}")
     for path in sorted(paths):
         if "line" in spec:
             with open(path, encoding="utf-8", errors="latin-1") as file:
@@ -929,12 +898,12 @@ def corpus_items(name, root, split):
                 found = re.search(form.replace("{split}", split), str(cells[column]), re.S)
                 cells |= found.groupdict() if found else {}
                 odd += [] if found else [column]
-            yield f"with another {odd[0]}" if odd else cells
+            yield f"with another {odd[0]}" if odd else (spec, cells, root)
 
 
 def open_dataset(place, config=None, split=None, **options):
-    """A data set of the hub, a folder that save_to_disk wrote, or parquet files: one, a pattern, or
-    all in a folder whose path names config and split -> datasets.Dataset, its audio undecoded."""
+    """A data set of the hub, a folder of save_to_disk, or parquet files: one, a pattern, or those
+    in a folder that name config and split -> datasets.Dataset, its audio undecoded."""
     import datasets    # takes a second
     files = sorted(glob.glob(place))
     if os.path.isdir(place):
@@ -943,11 +912,11 @@ def open_dataset(place, config=None, split=None, **options):
             word in os.path.relpath(path, place) for word in (config, split) if word)]
         if len(found) > 1 and not files:
             raise InputError(f"'{place}' holds {len(found)} parquet files and none of the split "
-                             f"{split}; give those you want, 'FOLDER/NAME*.parquet'")
+                             f"{split}; give 'FOLDER/NAME*.parquet'")
         files = files or found
     if files:
         table = datasets.load_dataset("parquet", data_files=files, split="train")
-    elif os.path.isdir(place):
+    elif glob.glob(f"{place}/dataset_*.json"):
         table = datasets.load_from_disk(place)
     else:
         table = datasets.load_dataset(place, config, split=split, **options)
@@ -974,8 +943,8 @@ class Benchmark(Manifest):
         self.column = spec.get("clip", "audio")
         self.table = None    # datasets.Dataset
         if corpus and os.path.isdir(place or "") and not glob.glob(f"{place}/*.arrow"):
-            items = [item for item in corpus_items(corpus, place, spec["split"])
-                     if not isinstance(item, str)]
+            items = [found[1] for found in corpus_items(corpus, place, spec["split"])
+                     if not isinstance(found, str)]
             spec = CORPORA[corpus] | spec | {"response": CORPORA[corpus]["response"]}
         elif place or hub:
             options = {key: spec[key] for key in ("data_files",) if key in spec}
@@ -993,6 +962,8 @@ class Benchmark(Manifest):
             except LeftOut as e:
                 self.rows.append({"audio": label, "task": spec["task"]})
                 self.left_out.append((i, InputError(f"{label}: {e}")))
+            except KeyError as e:
+                raise InputError(f"{place or hub} has no column {e}, but {', '.join(cells)}") from e
         self.paths = (name,)
         self.first = [0, len(self.rows)]
         self.tasks = Counter(row["task"] for row in self.rows)
@@ -1020,25 +991,23 @@ class Benchmark(Manifest):
 
 def layout_of(name):
     """Where the files of a corpus have to lie, in words."""
-    table, audio = (" or ".join(f"ROOT/{place}" for place in as_list(CORPORA[name].get(key)))
-                    for key in ("table", "audio"))
-    return f"{name} has to lie as {table}, audio {audio or 'none'}{CORPORA[name].get('about', '')}"
+    table, audio = (" or ROOT/".join(as_list(CORPORA[name].get(key))) for key in ("table", "audio"))
+    return f"{name} has to lie as ROOT/{table}, audio {audio}{CORPORA[name].get('about', '')}"
 
 
 def any_corpus(args):
     for split in args.split or CORPORA[args.name]["splits"]:
-        for found in corpus_items(args.name, args.root, split):
-            yield found if isinstance(found, str) else (CORPORA[args.name], found, args.root)
+        yield from corpus_items(args.name, args.root, split)
 
 
 def any_table(args):
     """The flags name the columns."""
+    folder = os.path.dirname(args.root)
     labels = {}
     if args.name == "hub":
-        table = open_dataset(args.root, args.config, *args.split or [None])
+        table = open_dataset(args.root, args.config, args.split and args.split[0])
         labels = {name: kind.names for name, kind in table.features.items()
                   if hasattr(kind, "names")}    # stored as numbers
-        os.makedirs(args.clips, exist_ok=True)
     else:
         table = read_table(args.root)
     for i, cells in enumerate(table):
@@ -1047,66 +1016,78 @@ def any_table(args):
         if not prompt and not args.question and (
                 args.choices or not audio or any("{}" in text for text in WORDINGS[args.task])):
             raise InputError("give --prompt COLUMN or --question TEXT; or --audio COLUMN and a "
-                             "--task with prompts of ours, such as asr or caption")
+                             "--task with prompts of ours, such as asr")
         cells |= {name: names[cells[name]] for name, names in labels.items()}
-        texts = {"response": cells[args.response],
-                 "question": cells[prompt] if prompt else (args.question or "").format_map(cells)}
+        response = cells[args.response]
+        question = cells[prompt] if prompt else (args.question or "").format_map(cells)
         clip = cells[audio] if audio else None
         if None in cells:    # where csv puts cells beyond the header's
             yield "with more cells than columns (quote text with commas)"
-        elif any(isinstance(text, (list, dict, type(None))) for text in texts.values()):
+        elif any(isinstance(text, (list, dict, type(None))) for text in (response, question)):
             yield "with no text where one belongs"
         else:
-            if isinstance(clip, dict) and clip["bytes"]:    # of a data set; written as it is stored
-                ending = os.path.splitext(clip["path"] or "")[1]
-                path = f"{args.clips}/{i:07}{ending or '.' + Sound(clip['bytes']).format.lower()}"
-                with open(path, "wb") as file:
-                    file.write(clip["bytes"])
-                clip = {"path": os.path.abspath(path)}
-            kept = {f"{name}_" if name in {*KINDS, *LOADED_KEYS} else name: cells[name]
-                    for name in args.keep}
+            if isinstance(clip, dict):    # of a data set; written as it is stored
+                clip = save_clip(clip, os.path.abspath(f"{args.clips}/{i:07}"))
             spec = {"task": args.task, "response": "{response}", "choices": args.choices,
-                    "wordings": ["{}"] if texts["question"] else None, "question": "{question}",
-                    "audio": audio and "{clip}", "keep": {name: f"{{{name}}}" for name in kept}}
-            texts["clip"] = clip["path"] if isinstance(clip, dict) else clip
-            yield spec, cells | kept | texts, os.path.dirname(args.root)
+                    "wordings": ["{}"] if question else None, "question": "{question}",
+                    "audio": audio and "{clip}", "keep": {
+                        f"{name}_" if name in {*KINDS, *LOADED_KEYS} else name: f"{{kept{k}}}"
+                        for k, name in enumerate(args.keep)}}
+            kept = {f"kept{k}": cells[name] for k, name in enumerate(args.keep)}
+            yield spec, cells | kept | {"response": response, "question": question,
+                                        "clip": clip}, folder
+
+
+def save_clip(cell, stem):
+    """Writes a clip of a data set as it is stored -> its path."""
+    if not cell["bytes"]:
+        return cell["path"]
+    ending = os.path.splitext(cell["path"] or "")[1] or f".{Sound(cell['bytes']).format.lower()}"
+    os.makedirs(os.path.dirname(stem), exist_ok=True)
+    with open(stem + ending, "wb") as file:
+        file.write(cell["bytes"])
+    return stem + ending
 
 
 CLIP_KEYS = ("audios", "audio", "sounds", "sound", "audio_url", "path", "url")
+ROLES = ("user assistant", "human gpt", "user gpt", "human assistant", "user model", "None None")
 MARK = re.compile(r"<\|?(?:audio|sound|speech|music|voice)\w*\|?>", re.I)    # of a clip in a text
 
 
 def text_and_clips(value):
     """A turn of a conversation, a text or a list of parts -> (text, [paths])."""
-    parts = [{"text": value}] if isinstance(value, str) else value or []
+    parts = [part if isinstance(part, dict) else {"text": str(part)}
+             for part in (value if isinstance(value, list) else [value or ""])]
     clips = [part.get(key) for part in parts for key in CLIP_KEYS]
-    return "\n".join(part.get("text", "") for part in parts), list(filter(None, clips))
+    return "\n".join(part.get("text") or "" for part in parts), list(filter(None, clips))
 
 
 def any_messages(args):
-    """Conversations: "messages" or "conversations", "query" and "response", or "instruction",
-    "input" and "output"; the clip under one of CLIP_KEYS, or a part of the question."""
+    """Conversations, "messages" or "conversations", with the clip under one of CLIP_KEYS, or as a
+    part of the question; or "query" and "response"."""
     for item in read_table(args.root):
         turns = item.get("messages") or item.get("conversations") or [
-            {"value": item.get("query") or f"{item.get('instruction')}\n{item.get('input')}"},
-            {"value": item.get("response") or item.get("output")}]
-        if len(turns) != 2 or item.get("system") or item.get("history"):
+            {"content": item.get("query")}, {"content": item.get("response")}]
+        roles = [str(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else "text"
+                 for turn in turns]
+        if " ".join(roles) not in ROLES or item.get("system") or item.get("history"):
             yield "not of one question and one answer"
             continue
         (question, parts), (answer, answered) = (
             text_and_clips(turn.get("content") or turn.get("value")) for turn in turns)
-        given = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or parts
-        other = [key for key, value in item.items() if str(value).lower().endswith(SOUNDS)]
+        clips = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or parts
+        other = [key for key, value in item.items()
+                 if str(value).lower().rstrip("]'").endswith(SOUNDS)]
         if answered or MARK.search(answer):
             yield "with a clip in the answer"
-        elif len(given) > 1 or len(MARK.findall(question)) > 1:
+        elif len(clips) > 1 or len(MARK.findall(question)) > 1:
             yield "with several clips"
-        elif not given and (other or MARK.search(question)):
+        elif not clips and (other or MARK.search(question)):
             yield f"with a clip under '{''.join(other[:1])}', not 'audio'"
         else:
             spec = {"task": args.task, "question": "{q}", "response": "{a}", "wordings": ["{}"]}
-            cells = {"q": MARK.sub("", question), "a": answer, "clip": "".join(given)}
-            yield spec | {"audio": given and "{clip}"}, cells, os.path.dirname(args.root)
+            cells = {"q": MARK.sub("", question), "a": answer, "clip": "".join(clips)}
+            yield spec | {"audio": clips and "{clip}"}, cells, os.path.dirname(args.root)
 
 
 ANY = {"csv": any_table, "json": any_table, "hub": any_table, "messages": any_messages}
@@ -1183,19 +1164,17 @@ def parse_flags():
     p.set_defaults(run=convert)
     add = p.add_argument
     add("name", choices=[*CORPORA, *ANY], metavar="NAME", help="see below; csv, json: any table; "
-        "messages: conversations; hub: any data set of the hub, save_to_disk or parquet")
-    add("root", metavar="ROOT", help="folder of the corpus; the file; the name of the data set")
+        "messages: conversations; hub: a data set of the hub, of save_to_disk, or parquet files")
+    add("root", metavar="ROOT", help="folder, file, or name of the data set")
     add("--split", nargs="+", help="instead of those to train on")
     add("--pitch-class", action="store_true", help="add each clip's dominant pitch class")
-    add("--audio", help="csv, json, hub: column with the clips (audio, if there; none: text only)")
-    add("--prompt", help="column with the questions (prompt, if there)")
-    add("--question", help='instead: one for all rows; may name columns, "Is it {name}?"')
+    for column, of in (("prompt", "questions"), ("audio", "clips"), ("choices", 'options, "a|b|c"')):
+        add(f"--{column}", help=f"csv, json, hub: column with the {of}")
     add("--response", default="response", help="column with the answers (%(default)s)")
-    add("--choices", help='column with choices, "a|b|c" or a list')
+    add("--question", help='one question for all rows; may name columns: "Is it {name}?"')
     add("--keep", nargs="+", default=[], metavar="COLUMN", help="further keys of the rows")
-    add("--task", default="qa", choices=[task for task in WORDINGS if task not in CLASSES],
-        help="of the rows; without questions of yours, of our prompts (%(default)s)")
-    add("--config", help="hub: configuration of the data set")
+    add("--task", default="qa", choices=[task for task in WORDINGS if task not in CLASSES])
+    add("--config", help="hub: configuration")
     add("--clips", default="clips", metavar="FOLDER", help="hub: for the clips (%(default)s)")
     return parser.parse_args()
 

@@ -32,10 +32,8 @@ from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
 
-# Audio tokens, and thinking tokens, per second (paper, appendix A). It stands in model.py too, so
-# that this file can be copied alone.
-TOKEN_RATE = 25
-LOUDEST = 8.0    # of a sample. In [-1, 1] they are; mp3 and resampling overshoot, int16 is far off
+TOKEN_RATE = 25    # audio tokens, and thinking tokens, per second (paper, appendix A)
+LOUDEST = 8.0      # sample: mp3 and resampling go a little beyond [-1, 1], int16 far
 
 
 def resample_frames(z, n, frame_rate, offset):
@@ -220,8 +218,8 @@ class Encoder(Expert):
         span = 64 if wave.device.type == "cpu" else 1500    # frames
         parts = []
         for start in range(0, total, span):
-            stop = min(start + span, total)
-            x = wave[None, None, self.hop * start:self.hop * stop - self.lead]  # (1, 1, N)
+            stop = self.hop * min(start + span, total) - self.lead
+            x = wave[None, None, self.hop * start:stop]  # (1, 1, N)
             for conv, norm in zip(self.convs, self.conv_norms):
                 x = F.gelu(norm(conv(x).transpose(1, 2))).transpose(1, 2)  # (1, 512, ..)
             parts.append(x[0].T)
@@ -386,8 +384,7 @@ class SoundEvents(Expert):
         self.norms = nn.ModuleList(nn.BatchNorm2d(out) for out in self.WIDTHS[1:])
         self.fc1 = nn.Linear(2048, 2048)
         self.fc_audioset = nn.Linear(2048, 527)
-        mel = torch.from_numpy(self.mel_filters()).float()
-        self.register_buffer("mel", mel, persistent=False)
+        self.register_buffer("mel", torch.from_numpy(self.mel_filters()).float(), persistent=False)
         window = torch.hann_window(self.N_FFT, device="cpu")  # from_state_dict builds on meta
         self.register_buffer("window", window, persistent=False)
 
@@ -546,19 +543,21 @@ EXPERTS = {"recon": Recon, "speech": SpeechUnits, "sound": SoundEvents, "affect"
            "pitch": Pitch}
 
 
-def fetch(cls):
-    """The path of a network's weights. Those that do not ship are fetched once, to where torch.hub
-    keeps its files (TORCH_HOME)."""
-    if not cls.url:
-        return os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", cls.filename)
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", cls.filename)
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with FileLock(path + ".lock"):    # the other ranks wait for the first
-            if not os.path.exists(path):
-                print(f"fetching {cls.url} to {path}", file=sys.stderr, flush=True)
-                torch.hub.download_url_to_file(cls.url, path, hash_prefix=cls.sha256)
-    return path
+def path_of(cls):
+    """Where a network's weights are: in assets/ if they ship, else where torch.hub keeps its files
+    (TORCH_HOME)."""
+    if cls.url:
+        return os.path.join(torch.hub.get_dir(), "checkpoints", cls.filename)
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", cls.filename)
+
+
+def fetch(url, path, sha256):
+    """Downloads a file that is not there. The other ranks wait for the first."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with FileLock(path + ".lock"):
+        if not os.path.exists(path):
+            print(f"fetching {url} to {path}", file=sys.stderr, flush=True)
+            torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
 
 
 def random_weights(cls):
@@ -584,12 +583,14 @@ def load(name, path=None, device="cpu", random=False):
                       "nothing !!!", stacklevel=2)
     if is_random or cls.filename is None:
         return random_weights(cls).to(device)
+    file = str(path or path_of(cls))
     try:
-        path = path or fetch(cls)
-        if str(path).endswith(".npz"):
-            sd = dict(np.load(path))
+        if not path and cls.url and not os.path.exists(file):
+            fetch(cls.url, file, cls.sha256)
+        if file.endswith(".npz"):
+            sd = dict(np.load(file))
         else:
-            sd = torch.load(path, map_location="cpu", weights_only=True)
+            sd = torch.load(file, map_location="cpu", weights_only=True)
         expert = cls.from_state_dict(sd)
         if not expert(torch.ones(1)).isfinite().all():
             raise ValueError("it gives NaN or infinity")
@@ -597,9 +598,9 @@ def load(name, path=None, device="cpu", random=False):
         # The first sentence. What follows in torch's is advice to trust the file.
         reason = re.split(r"\. (?=[A-Z])", " ".join(str(e).split()))[0][:300]
         raise RuntimeError(
-            f"{name}: cannot load {path or cls.url} ({type(e).__name__}: {reason}). It should be "
-            f"{cls.filename} of {cls.url or 'the repository of experts.py'}. Put it there (delete "
-            f"a damaged one), or pass --expert-{name} PATH") from e
+            f"{name}: cannot load {file} ({type(e).__name__}: {reason}). Delete a damaged file. "
+            f"Put {cls.filename} of {cls.url or 'the repository of experts.py'} there, or pass "
+            f"--expert-{name} PATH") from e
     return expert.to(device)
 
 
@@ -616,7 +617,6 @@ def load_experts(tasks, d, device="cpu", random=False, paths={}):
 
 
 def main():
-    """Prints a line for each network, or why it cannot be had."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", required=True, help="fetch, load and time")
@@ -637,9 +637,7 @@ def main():
         begin = time.perf_counter()
         expert(wave)
         seconds = time.perf_counter() - begin
-        weights = sum(p.numel() for p in expert.parameters()) / 1e6
-        print(f"{name:8}{expert.dim:5} x {expert.frame_rate:6.3f} Hz{weights:8.2f} M weights"
-              f"{seconds:7.2f} s for 10 s of audio")
+        print(f"{name:8}{expert.dim:5} x {expert.frame_rate:6.3f} Hz, {seconds:.2f} s for 10 s")
     sys.exit(failed)
 
 

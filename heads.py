@@ -11,8 +11,8 @@
 
 Losses are sums over frames, so that a batch can be cut anywhere. Divided by the number of frames, a
 calibrated loss is relative to the best constant answer: 1.0 is that answer, 0.0 the expert itself.
-That is also what "compensates for differences in output scale" (appendix A). Less than 1.0 does not
-say that frames are heard, see infer.py frames.
+That is what "compensates for differences in output scale" (appendix A). Less than 1.0 does not say
+that frames are heard, see infer.py frames.
 """
 import functools
 
@@ -93,8 +93,7 @@ def focal_bce(logits, q, gamma=FOCAL_GAMMA):
     return weight * F.binary_cross_entropy_with_logits(logits, q, reduction="none")
 
 
-# Task -> {term: (loss, does it compare readouts?)}. A task that is not listed is representational:
-# MSE on its features.
+# Task -> {term: (loss, does it compare readouts?)}. One that is not listed has MSE on its features.
 TASKS = {
     "recon": {"recon": (mse, False)},                                    # L_recon
     "speech": {"speech": (mse, False)},                                  # L_speech
@@ -105,7 +104,6 @@ TASKS = {
 
 
 def terms(task):
-    """{term: (loss, compares readouts?)} of a task."""
     return TASKS.get(task, {task: (mse, False)})
 
 
@@ -146,7 +144,7 @@ class ExpertHeads(nn.ModuleDict):
                 self.register_buffer(f"{term}_scale", torch.ones(()))
 
     def forward(self, think_states, valid, targets):
-        """{term: () loss summed over the real frames, 1.0 a frame for the best constant answer}.
+        """{term: () its loss, summed over the real frames}.
 
         think_states    (B, L, D), H_think
         valid           (B, L) bool, which frames are real
@@ -173,11 +171,11 @@ class ExpertHeads(nn.ModuleDict):
         losses = {}
         z_hat = z_hat * valid[..., None]    # the readout of pitch looks past a clip's end: at zeros
         for term, loss, on_readout in self.losses_of(task):
-            pred, target = z_hat, z
             if on_readout:
-                pred = self.readouts[task](z_hat)
-                target = self.readouts[task](z).sigmoid()
-            losses[term] = loss(pred[valid], target[valid]).mean(-1)
+                readout = self.readouts[task]
+                losses[term] = loss(readout(z_hat)[valid], readout(z)[valid].sigmoid()).mean(-1)
+            else:
+                losses[term] = loss(z_hat[valid], z[valid]).mean(-1)
         return losses
 
     @torch.no_grad()
@@ -186,7 +184,7 @@ class ExpertHeads(nn.ModuleDict):
         start from the mean feature: output weights zero, bias the mean."""
         z = torch.cat(clips).float()
         if not z.isfinite().all():    # it would stay in the scales for good
-            raise ValueError(f"expert '{task}' gives NaN or infinity for one of the first clips")
+            raise ValueError(f"expert '{task}' gives NaN or infinity")
         for term, loss, on_readout in self.losses_of(task):
             target = z
             if on_readout:
@@ -205,7 +203,7 @@ class ExpertHeads(nn.ModuleDict):
 
 
 def heads_for(d, experts, **options):
-    """The ExpertHeads of {task: anything with `dim`, e_k, and `readout`, g_cls or h or None}."""
+    """The ExpertHeads of {task: anything with `dim`, e_k, and `readout`, g_cls, h or None}."""
     dims = {task: expert.dim for task, expert in experts.items()}
     readouts = {task: expert.readout for task, expert in experts.items()}
     return ExpertHeads(d, dims, readouts, **options)

@@ -14,8 +14,10 @@ pad pad <system, user: .. AUDIO*L_a .. question> <assistant header> start THINK*
 """
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import re
@@ -33,7 +35,7 @@ class InputError(ValueError):
 
 
 class TooLong(InputError):
-    """A clip above MAX_SECONDS, which the paper skips in training and in scoring (appendix B)."""
+    """A clip above MAX_SECONDS, which training and scoring skip."""
 
 
 def one_line_errors(*kinds, less_memory="a smaller batch, or shorter clips"):
@@ -61,9 +63,8 @@ def one_line_errors(*kinds, less_memory="a smaller batch, or shorter clips"):
         sys.stdout.reconfigure(line_buffering=True)    # a closed pipe shows at once
 
 
-# The programs import this file first, so that a library which is missing, or was built for another
-# version of its neighbour, is one line too.
-one_line_errors(ImportError, OSError, RuntimeError)
+# The programs import this file first, so that a library which is missing or broken is one line too.
+one_line_errors(ImportError, OSError, RuntimeError, KeyboardInterrupt)
 
 import peft
 import torch
@@ -80,32 +81,33 @@ one_line_errors(ImportError)
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 SAMPLE_RATE = 16000    # Hz, what every backbone hears
-MIN_SECONDS = 0.1      # of a clip; below: hardly a token to think with
+MIN_SECONDS = 0.1      # of a clip
 MAX_SECONDS = 120.0    # above: skipped (paper, appendix B)
-MAX_PEAK = 4.0         # of a sample; resampling and mp3 overshoot 1, integers are far above
+MAX_PEAK = 2.0         # mp3 and resampling go a bit above 1, integers far
 
 THINK_START = "<|audio_think_start|>"
 THINK = "<|audio_think|>"
 THINK_END = "<|audio_think_end|>"
 IGNORE = -100          # label of a position that is not a cross-entropy target
 
-# The seven linear maps of a decoder layer. Names alone would also match in the audio tower.
+# The linear maps of a decoder layer. Names alone would also match in the audio tower.
 LORA_TARGETS = (r".*\.language_model\.layers\.\d+\."
                 r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)")
 
 TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
-# Before, modules had other names, which LORA_TARGETS would miss, and adapters other keys.
+# Before, modules had other names, which LORA_TARGETS would miss.
 if TRANSFORMERS < (5, 23):
     sys.exit(f"error: transformers {transformers.__version__} is too old; "
              "pip install -U 'transformers>=5.23'")
 CACHE = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"    # how models call it
 
-# peft 0.21 asks transformers by a name that it is about to drop; nothing a user could do.
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # no line for each retry
+# peft 0.21 calls transformers by a name that is about to go.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 # --------------------------------------------------------------------------------------------------
-# Backbones: a row of the table says what differs, the rest of the file is shared
+# Backbones: a row of the table says what differs
 
 # The blocks of Omni's vision tower are neither built nor read, see read_backbone.
 OmniThinker = transformers.Qwen2_5OmniThinkerForConditionalGeneration
@@ -113,7 +115,7 @@ OmniThinker._keys_to_ignore_on_load_unexpected = [r"\bvisual\.blocks\."]
 
 
 class Qwen2_5OmniProcessor(transformers.Qwen2_5OmniProcessor):
-    """Text and audio only: those for images and video need Pillow and torchvision."""
+    """Text and audio only; images and video would need Pillow and torchvision."""
 
     def __init__(self, feature_extractor=None, tokenizer=None, chat_template=None):
         skipped = super(transformers.Qwen2_5OmniProcessor, self)
@@ -124,7 +126,7 @@ class Qwen2_5OmniProcessor(transformers.Qwen2_5OmniProcessor):
 
 @dataclass(frozen=True)
 class Backbone:
-    hub_id: str           # where its files are, unless a local folder is given
+    hub_id: str           # where its files are by default
     licence: str
     model_class: type
     processor_class: type
@@ -138,7 +140,7 @@ class Backbone:
     lora_alpha: int = 32
     text_think: str = (" Output the thinking process in <think> </think>"
                        " and final answer in <answer> </answer>.")
-    # To build it without files: where its config differs from its class.
+    # To build it without files: what differs from its class.
     text_config: dict = field(default_factory=dict)
     audio_config: dict = field(default_factory=dict)
 
@@ -151,7 +153,7 @@ BACKBONES = {
         model_types=("qwen2_audio",),
         audio_marks="Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n",
         text_config=dict(vocab_size=156032, intermediate_size=11008)),
-    # The checkpoint also holds a talker. Its extractor would pad every clip to 300 s.
+    # Its extractor would pad every clip to 300 s.
     "qwen2.5-omni": Backbone(
         hub_id="Qwen/Qwen2.5-Omni-7B", licence="apache-2.0",
         model_class=OmniThinker,
@@ -160,7 +162,7 @@ BACKBONES = {
         audio_marks="<|audio_bos|><|AUDIO|><|audio_eos|>",
         piece_seconds=MAX_SECONDS,
         audio_kwargs={"max_length": round(MAX_SECONDS * SAMPLE_RATE)}),
-    # The processor cuts its 30 s windows itself. It has its own thinking adapter and sentence.
+    # Its processor cuts 30 s windows itself.
     "audio-flamingo-3": Backbone(
         hub_id="nvidia/audio-flamingo-3-hf", licence="other (NVIDIA OneWay, non-commercial)",
         model_class=transformers.AudioFlamingo3ForConditionalGeneration,
@@ -172,9 +174,8 @@ BACKBONES = {
         text_config=dict(vocab_size=151672, hidden_size=3584, intermediate_size=18944,
                          num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)),
 }
-# 1.2 M weights of variance 1 / fan-in, so that signals keep their size through untrained layers.
-# A tower computes its whole window whatever the clip, so this one is short. Random weights know
-# nothing worth keeping: the adapters are wider.
+# Random, of variance 1 / fan-in, so that signals keep their size; a short window, since a tower
+# computes all of it; wide adapters, since nothing in it is worth keeping.
 BACKBONES["tiny"] = replace(
     BACKBONES["qwen2-audio"],
     hub_id="", lora_r=32, lora_alpha=64, piece_seconds=4,
@@ -201,11 +202,10 @@ def as_wave(wave):
     """A clip, numpy or torch, -> (N,) float32. Raises InputError if it is of another kind."""
     wave = torch.as_tensor(wave)
     if wave.ndim != 1 or not wave.is_floating_point():
-        raise InputError("a clip is mono, (N,), of floats in [-1, 1], and not "
-                         f"{tuple(wave.shape)} of {wave.dtype}")
+        raise InputError(f"a clip is (N,) floats, mono, not {tuple(wave.shape)} of {wave.dtype}")
     if len(wave) and not wave.abs().max() <= MAX_PEAK:    # so that NaN is refused too
-        raise InputError(f"the clip has samples up to {wave.abs().max():.3g}; give floats in "
-                         "[-1, 1] (16-bit integers: divide by 32768)")
+        raise InputError(f"a clip is in [-1, 1], this one goes to {wave.abs().max():.3g}; divide "
+                         "16-bit integers by 32768")
     return wave.float().cpu()
 
 
@@ -213,24 +213,23 @@ def at_rate(wave, rate, new_rate):
     """(N,) at `rate` Hz -> (ceil(N new_rate / rate),) at `new_rate` Hz. Raises InputError."""
     taps = math.lcm(rate, new_rate) // math.gcd(rate, new_rate)
     if taps > 2 ** 24:    # of the kernel; for 44,099 Hz it would take gigabytes
-        raise InputError(f"cannot resample from {rate} to {new_rate} Hz; convert the clip to a "
-                         "usual rate such as 16000 or 44100 Hz")
+        raise InputError(f"cannot resample from {rate} to {new_rate} Hz; give a usual rate")
     return torchaudio.functional.resample(wave, rate, new_rate)
 
 
 def n_audio_tokens(n_samples):
-    """L_a at 16 kHz: a log-mel frame every 160 samples, a stride-2 convolution, pooling by 2."""
+    """L_a at 16 kHz: a frame every 160 samples, a stride-2 convolution, pooling by 2."""
     return ((math.ceil(n_samples / 160) + 1) // 2) // 2
 
 
 def think_block(n_audio, think_ids):
-    """b(L_a): a thinking token for each audio token, between two marks; without audio nothing."""
+    """b(L_a): a thinking token for each audio token, between two marks."""
     start, think, end = think_ids
     return [start] + [think] * n_audio + [end] if n_audio else []    # equation 2
 
 
 def check_text(coat, text):
-    """Raises InputError if a text spells a special token: it would become that token."""
+    """Raises InputError if a text spells a special token, which it would become."""
     found = coat.special_tokens.search(text)
     if found:
         raise InputError(f"the text contains the special token {found[0]}; remove it")
@@ -238,7 +237,7 @@ def check_text(coat, text):
 
 def render_prompt(coat, question, n_pieces):
     """The chat as the released template renders it, with `n_pieces` audio placeholders, up to the
-    assistant header. Raises InputError, see check_text."""
+    assistant header. Raises InputError."""
     check_text(coat, question)
     content = [{"type": "audio"}] * bool(n_pieces) + [{"type": "text", "text": question}]
     prompt = coat.processor.apply_chat_template(
@@ -302,8 +301,7 @@ def pad_batch(coat, rows):
 
 
 def build_inputs(coat, waves, prompts, responses=None, think=None):
-    """A batch from rows; without `responses` it ends where generation starts. Raises InputError on
-    a clip out of range or a special token in a text.
+    """A batch from rows; without `responses` it ends where generation starts. Raises InputError.
 
     coat       a CoAT, or its `.spec` in a worker
     waves      list of (N,) floats at 16 kHz, or None for a row without audio and block
@@ -317,9 +315,8 @@ def build_inputs(coat, waves, prompts, responses=None, think=None):
 
 
 def pad_rows(flat, lengths):
-    """(sum L, D) and (B,) -> (B, L, D), zero where a row has ended, and (B, L), false there.
-
-    L is at least 1: where no row has audio, the heads still run, on one masked frame."""
+    """(sum L, D) and (B,) -> (B, L, D), zero where a row has ended, and (B, L), false there. L is
+    at least 1, so that the heads run without audio too, on one masked frame."""
     L = max(1, int(lengths.max()))
     valid = torch.arange(L, device=flat.device) < lengths.to(flat.device)[:, None]    # (B, L)
     zeros = flat.new_zeros(*valid.shape, flat.shape[-1])                              # (B, L, D)
@@ -338,7 +335,7 @@ def to_device(value, device):
 
 class Slots(StaticLayer):
     """Keys and values of one decoder layer, in memory that stays where it is. The prefill attends
-    to its own alone: a square without a mask, for which attention has its fastest kernels."""
+    to its own alone, without a mask: attention's fastest kernels."""
 
     def update(self, keys, values, *args, **kwargs):
         cached = super().update(keys, values)    # (B, heads, S, D / heads) each
@@ -358,34 +355,34 @@ class Output(NamedTuple):
 
 class CoAT(nn.Module):
     """A backbone with the thinking tokens. `lm`: a transformers model or a PeftModel around it.
+    `think`: whether its prompts have the block."""
 
-    think       whether its prompts have the block: it was, or is to be, trained with it"""
-
-    def __init__(self, lm, processor, name, model_path, think_ids, think=True):
+    def __init__(self, lm, processor, name, model_path, think=True):
         super().__init__()
         self.lm = lm
         self.processor = processor
         self.name = name
         self.model_path = model_path
-        self.think_ids = think_ids
         self.think = think
         self.backbone = BACKBONES[name]
-        tokenizer = processor.tokenizer
-        self.audio_id, *self.eos_ids = tokenizer.convert_tokens_to_ids(
-            [self.backbone.audio_token, *self.backbone.eos])
-        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        ids_of = processor.tokenizer.convert_tokens_to_ids
+        self.audio_id = ids_of(self.backbone.audio_token)
+        self.eos_ids = ids_of(list(self.backbone.eos))
+        self.think_ids = ids_of([THINK_START, THINK, THINK_END])
+        added = processor.tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]
         self.special_tokens = re.compile("|".join(map(re.escape, special)))
-        suppressed_ids = torch.tensor(think_ids, device=lm.device)
+        suppressed_ids = torch.tensor(self.think_ids, device=lm.device)
         self.register_buffer("suppressed_ids", suppressed_ids, persistent=False)
 
     @property
     def hf(self):
-        """The transformers model: .model.audio_tower, .model.language_model, .lm_head"""
+        """The model of transformers."""
         return self.lm.get_base_model() if isinstance(self.lm, peft.PeftModel) else self.lm
 
     @property
     def spec(self):
-        """What build_inputs needs, without the weights (for data workers)."""
+        """What build_inputs needs, without weights (for data workers)."""
         names = "backbone processor think think_ids audio_id eos_ids special_tokens"
         return SimpleNamespace(**{name: getattr(self, name) for name in names.split()})
 
@@ -397,7 +394,7 @@ class CoAT(nn.Module):
 
     @property
     def decoder_weights(self):
-        """How many weights of the decoder layers a token meets, without the adapters."""
+        """How many weights of the decoder layers a token meets, without adapters."""
         layers = self.hf.model.language_model.layers
         return sum(p.numel() for name, p in layers.named_parameters() if "lora_" not in name)
 
@@ -405,32 +402,29 @@ class CoAT(nn.Module):
         """Recomputes the decoder's activations in the backward pass."""
         decoder = self.hf.model.language_model
         decoder.activation_checkpointing_enable()
-        decoder.train()    # only then; it changes nothing else, there is no dropout in it
+        decoder.train()    # only then; there is no dropout
 
     def compile_layers(self):
-        """Compiles the decoder layers for training; they are alike, so one's code serves all."""
+        """Compiles the decoder layers for training; one's code serves all."""
         for layer in self.hf.model.language_model.layers:
             layer.compile(dynamic=True)
 
     def states(self, batch, **kwargs):
-        """Final states (after the last norm) and the embeddings that went in, both (B, T, D);
-        kwargs go to the model."""
+        """Final states (after the last norm) and the embeddings that went in, both (B, T, D)."""
         dtype = self.hf.model.audio_tower.dtype    # not every class casts to it by itself
         audio = {name: value.to(dtype) if value.is_floating_point() else value
                  for name, value in batch["audio"].items()}
         embeds = []
         hook = self.hf.model.language_model.register_forward_pre_hook(
             lambda module, args, inputs: embeds.append(inputs["inputs_embeds"]), with_kwargs=True)
-        try:
-            names = ("input_ids", "attention_mask", "position_ids")
-            out = self.hf.model(**{name: batch[name] for name in names}, **audio, **kwargs)
-        finally:
-            hook.remove()
+        with hook:
+            out = self.hf.model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                position_ids=batch["position_ids"], **audio, **kwargs)
         return out.last_hidden_state, embeds[0]
 
     def forward(self, batch):
-        """What build_inputs returned -> Output. Logits, the larger half at 156,032 ids, are
-        computed at the response alone."""
+        """A batch of build_inputs -> Output. Logits are computed at the response alone."""
         batch = to_device(batch, self.hf.device)
         h, embeds = self.states(batch, use_cache=False)    # (B, T, D) each
         at = batch["think_mask"] if self.think else batch["audio_mask"]    # the control
@@ -457,11 +451,16 @@ class CoAT(nn.Module):
         return self.next_ids(self.hf.lm_head(out.last_hidden_state[:, -1]))
 
     def compile_decode(self, **kwargs):
-        """Fuses the small kernels of a step, once for all lengths, and on a GPU replays them as a
-        CUDA graph. It takes a while, which many or long answers earn back. After merge()."""
+        """Fuses the kernels of a step, once for all lengths; on a GPU they become a CUDA graph. It
+        takes a while, which many or long answers earn back. After merge()."""
         if self.suppressed_ids.is_cuda:
             kwargs = {"mode": "reduce-overhead"} | kwargs
         self.decode = torch.compile(self.decode, dynamic=True, fullgraph=True, **kwargs)
+        self.new_cache = functools.lru_cache(1)(self.new_cache)    # a graph is bound to its memory
+
+    def new_cache(self, B, n_slots):
+        """Room for the keys and values of n_slots tokens a row."""
+        return transformers.Cache([Slots(n_slots) for _ in self.hf.model.language_model.layers])
 
     @torch.inference_mode()
     def stream(self, batch, max_new_tokens=128, stop=True):
@@ -470,9 +469,10 @@ class CoAT(nn.Module):
         timing) rows never end. Raises InputError if the logits are no numbers."""
         batch = to_device(batch, self.hf.device)
         B, T = batch["input_ids"].shape
-        n_slots = T + max_new_tokens
-        cache = transformers.Cache([Slots(n_slots) for _ in self.hf.model.language_model.layers])
-        visible = F.pad(batch["attention_mask"].bool(), (0, max_new_tokens))    # (B, S)
+        n_slots = math.ceil((T + max_new_tokens) / 256) * 256    # few sizes
+        cache = self.new_cache(B, n_slots)
+        cache.reset()
+        visible = F.pad(batch["attention_mask"].bool(), (0, n_slots - T))    # (B, S)
         h, _ = self.states(batch, use_cache=True, **{CACHE: cache})
         logits = self.hf.lm_head(h[:, -1])
         if not logits.isfinite().all():
@@ -485,10 +485,10 @@ class CoAT(nn.Module):
             yield token
             if stop:
                 done |= torch.isin(token, eos)
-            if step == max_new_tokens - 1 or done.all():
+            if done.all() or step == max_new_tokens - 1:
                 return
             visible[:, T + step] = True
-            ids = self.decode(token, visible, cache).clone()    # a graph writes to one place
+            ids = self.decode(token, visible, cache).clone()    # before the graph writes again
 
     def generate(self, batch, max_new_tokens=128):
         """Greedy answers, one string a row."""
@@ -497,8 +497,7 @@ class CoAT(nn.Module):
         return [text.strip() for text in texts]
 
     def answer(self, wave, rate, question, max_new_tokens=128):
-        """The answer to a question about a clip, or, given lists of all three, a list of answers.
-        Raises InputError, see also build_inputs.
+        """The answer to a question about a clip; of lists of all three, a list. Raises InputError.
 
         wave    (N,) floats in [-1, 1], mono, numpy or torch, `rate` a second; None: no audio"""
         if not isinstance(wave, (list, tuple)):
@@ -508,14 +507,14 @@ class CoAT(nn.Module):
         return self.generate(build_inputs(self, waves, question), max_new_tokens)
 
     def merge(self):
-        """Folds the adapter into the weights: the same function, without its cost at each step."""
+        """Folds the adapter into the weights: the same function, without its cost."""
         self.eval()    # ends checkpoint_activations, which would drop the cache
         for layer in self.hf.model.language_model.layers:
-            layer._compiled_call_impl = None    # ends compile_layers, which would compile anew
+            layer._compiled_call_impl = None    # ends compile_layers
         if isinstance(self.lm, peft.PeftModel):
             dtype = self.hf.dtype
             for module in self.lm.modules():
-                if isinstance(module, LoraLayer):    # peft would round the update before adding it
+                if isinstance(module, LoraLayer):    # peft would round before it adds
                     module.base_layer.float()
                     module.merge()
                     module.base_layer.to(dtype)
@@ -525,8 +524,8 @@ class CoAT(nn.Module):
         return self
 
     def save(self, folder):
-        """Writes a plain PEFT adapter or, once merged, a plain transformers model, the processor
-        and, in coat.json, the backbone and whether prompts have the block."""
+        """Writes a plain PEFT adapter or, once merged, a plain transformers model, with the
+        processor, and in coat.json what load_coat has to know."""
         is_adapter = isinstance(self.lm, peft.PeftModel)
         if is_adapter:
             self.lm.save_pretrained(folder, save_embedding_layers=False)
@@ -538,7 +537,7 @@ class CoAT(nn.Module):
         if self.name == "qwen2.5-omni":
             self.complete_omni(folder, is_adapter)
         template = self.processor.chat_template
-        if self.think:    # no server may forget the block
+        if self.think:
             self.processor.chat_template = template + read_asset("thinking_block.jinja")
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"    # for generation
@@ -546,7 +545,7 @@ class CoAT(nn.Module):
         self.processor.chat_template = template
         known = {"backbone": self.name, "model_path": self.model_path, "think": self.think}
         write_file(os.path.join(folder, "coat.json"), json.dumps(known))
-        if self.think and not (is_adapter and self.name == "tiny"):    # it has no base model
+        if self.think and not (is_adapter and self.name == "tiny"):
             self.write_card(folder, "adapter_card.md" if is_adapter else "model_card.md")
 
     def write_card(self, folder, card):
@@ -559,8 +558,8 @@ class CoAT(nn.Module):
             window=f"{self.backbone.piece_seconds:.0f}"))
 
     def complete_omni(self, folder, is_adapter):
-        """Adds what plain classes of Qwen2.5-Omni want: the settings for images, and a merged
-        thinker's config inside the full model's, the only one that vLLM knows."""
+        """Adds what plain Qwen2.5-Omni wants: the settings for images, and a merged thinker's
+        config inside the full model's, the only one that vLLM knows."""
         place, revision = origin(self.name, self.model_path)
         settings = transformers.utils.cached_file(
             place, "preprocessor_config.json", revision=revision,
@@ -583,8 +582,8 @@ class CoAT(nn.Module):
 
 def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype=None,
               random=False, train_projector=False):
-    """A CoAT: a backbone with the three tokens and, if it was or is to be trained, LoRA. Raises
-    InputError. Prompts have the block if it was trained so or is to be; a bare backbone has none.
+    """A CoAT: a backbone with the three tokens and, if it was or is to be trained, LoRA. A bare
+    backbone has no block in its prompts. Raises InputError.
 
     name        a run, a checkpoint, a merged folder, or a name of BACKBONES
     model_path  where that backbone's files are: a folder, or NAME@REVISION of the hub; a run knows
@@ -631,7 +630,7 @@ def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype
         for module in lm.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False    # autocast does; an fp32 copy would stay
-    return CoAT(lm, processor, name, model_path, think_ids, think)
+    return CoAT(lm, processor, name, model_path, think)
 
 
 @contextlib.contextmanager
@@ -647,31 +646,29 @@ def reading(what):
 
 
 def origin(name, model_path=None):
-    """Where a backbone's files are: a folder and None, or a name and a revision of the hub. Raises
-    InputError."""
+    """Where a backbone's files are: (folder, None) or (name, revision). Raises InputError."""
     given = str(model_path or BACKBONES[name].hub_id)
     if os.path.isdir(given):
         return os.path.abspath(given), None
     place, _, revision = given.partition("@")
     if model_path and not revision:
-        raise InputError(f"there is no folder '{given}'; give one, or NAME@REVISION of the hub")
+        raise InputError(f"no folder '{given}'; give one, or NAME@REVISION of the hub")
     return place, revision or "main"
 
 
 def read_backbone(backbone, place, revision, device, dtype):
-    """(model, processor) from a folder or the hub. Raises ValueError where transformers would make
-    up what is missing, such as a tokenizer."""
+    """(model, processor). Raises ValueError where transformers would make up what is missing."""
     given, _ = transformers.PreTrainedConfig.get_config_dict(place, revision=revision)
     if given.get("model_type") not in backbone.model_types:
         raise ValueError(f"its config.json is that of '{given.get('model_type')}'")
     if None in (given.get(part, "") for part in ("text_config", "audio_config", "thinker_config")):
         raise ValueError("a part of its config is null")    # it would be the default, of 30 GB
     if given.get("quantization_config"):
-        raise ValueError("its weights are quantised; no adapter could be merged into them")
+        raise ValueError("its weights are quantised, no adapter fits them")
     processor = backbone.processor_class.from_pretrained(place, revision=revision)
     if not processor.chat_template:
         raise ValueError("it has no chat template")
-    # Without the block that CoAT.save added: ours is placed by encode_row.
+    # Without the block that CoAT.save adds: encode_row places it.
     processor.chat_template = processor.chat_template.partition("{# the thinking block #}")[0]
     config = backbone.model_class.config_class.from_pretrained(place, revision=revision)
     if backbone.model_types[0] == "qwen2_5_omni":
@@ -680,8 +677,8 @@ def read_backbone(backbone, place, revision, device, dtype):
                          device_map=device)
     audio_id = model.config.audio_token_id
     if processor.tokenizer.convert_tokens_to_ids(backbone.audio_token) != audio_id:
-        raise ValueError("its tokenizer is missing, or not the one in which "
-                         f"{backbone.audio_token} is {audio_id}")
+        raise ValueError(f"its tokenizer is missing, or does not give {audio_id} to "
+                         f"{backbone.audio_token}")
     return model, processor
 
 
@@ -695,7 +692,7 @@ def read_weights(model_class, place, **kwargs):
     return model
 
 
-# What the released templates render for text and one clip, for a processor without its files.
+# What the released templates render, for a processor without its files.
 TEMPLATE = """<|im_start|>system
 You are a helpful assistant.<|im_end|>
 {% for m in messages %}<|im_start|>{{ m['role'] }}
@@ -708,14 +705,11 @@ You are a helpful assistant.<|im_end|>
 
 
 def build_random(name, device, dtype):
-    """(model, processor) without files: random weights, of full size but for tiny, and the own
-    processor class around a byte-level tokenizer."""
+    """(model, processor) without files, of full size but for tiny, with a tokenizer of bytes."""
     backbone = BACKBONES[name]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", backbone.audio_token]
-    named = {}
-    if "<|audio_bos|>" in backbone.audio_marks:
-        special += ["<|audio_bos|>", "<|audio_eos|>"]
-        named = dict(zip(("audio_token", "audio_bos_token", "audio_eos_token"), special[3:]))
+    named = {"audio_token": backbone.audio_token, "audio_bos_token": "<|audio_bos|>",
+             "audio_eos_token": "<|audio_eos|>"}
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()]
     vocab = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()) + special)}
     tokenizer = transformers.Qwen2Tokenizer(
         vocab=vocab, merges=[], extra_special_tokens=special[1:],
@@ -732,7 +726,7 @@ def build_random(name, device, dtype):
     processor = backbone.processor_class(
         feature_extractor=extractor, tokenizer=tokenizer,
         chat_template=TEMPLATE.replace("AUDIO_MARKS", backbone.audio_marks))
-    # 8 B weights had better be drawn where they live; tiny is the same on every device.
+    # Large weights are drawn where they live; tiny is the same on every device.
     where, kind = ("cpu", torch.float32) if name == "tiny" else (device, dtype)
     with torch.random.fork_rng(devices=[]), torch.device(where):
         torch.manual_seed(0)
@@ -741,8 +735,7 @@ def build_random(name, device, dtype):
 
 
 def add_tokens(model, tokenizer, tokens=(THINK_START, THINK, THINK_END)):
-    """Adds tokens -> their ids. New rows start as the mean of the used ones, the same everywhere;
-    a merged folder knows the tokens and keeps its rows."""
+    """Adds tokens -> their ids. New rows start as the mean of the used ones."""
     used = len(tokenizer)
     added = [AddedToken(token, special=True, normalized=False) for token in tokens]
     n_new = tokenizer.add_tokens(added, special_tokens=True)
@@ -763,18 +756,15 @@ def load_adapter(lm, folder, name, trainable=False):
         config.inference_mode = not trainable
         lm = peft.PeftModel(lm, config)
         loaded = lm.load_adapter(folder, "default", is_trainable=trainable)
-        if loaded.missing_keys:    # PeftModel.from_pretrained would only warn
-            raise ValueError(f"it has no {loaded.missing_keys[0]}")
-        if loaded.unexpected_keys:
-            raise ValueError(f"its settings leave no place for {loaded.unexpected_keys[0]}")
+        wrong = [*loaded.missing_keys, *loaded.unexpected_keys]
+        if wrong:    # peft would only warn
+            raise ValueError(f"it lacks, or has no place for, {wrong[0]}")
     return lm
 
 
 def load_text_think(name, folder, model_path=None, device="cpu", dtype=None):
-    """A backbone with its authors' adapter that reasons in text, merged: Audio Flamingo 3's (table
-    2, appendix D). Raises InputError.
-
-    folder  its `think` folder: a PEFT adapter and non_lora_trainables.bin"""
+    """A backbone with its authors' adapter that reasons in text, merged (table 2, appendix D):
+    Audio Flamingo 3's `think` folder. Raises InputError."""
     coat = load_coat(name, model_path, device=device, dtype=dtype)
     path = os.path.join(folder, "non_lora_trainables.bin")
     weights = {}
@@ -783,7 +773,6 @@ def load_text_think(name, folder, model_path=None, device="cpu", dtype=None):
         for old, new in BEFORE_5.items():
             key = re.sub("^" + re.escape(old), new, key)
         weights[key] = value.to(coat.hf.dtype)
-    # load_state_dict would pass over the names of another layout in silence.
     unknown = coat.lm.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
         raise InputError(f"'{path}' is of another model: {name} has no {unknown[0]}")
@@ -797,9 +786,10 @@ BEFORE_5 = {"language_model.model.": "model.language_model.", "audio_tower.": "m
 
 
 # --------------------------------------------------------------------------------------------------
-# What the programs share: files, flags, devices, folders of runs
+# What the programs share
 
 def read_asset(name):
+    """The text of a file in assets/."""
     with open(os.path.join(ASSETS, name), encoding="utf-8") as file:
         return file.read()
 
@@ -810,8 +800,7 @@ def read_json(path):
         with open(path, encoding="utf-8") as file:
             return dict(json.load(file))
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise InputError(f"'{path}' is missing or damaged ({e}); give a folder that this code "
-                         "wrote, or copy it again") from e
+        raise InputError(f"'{path}' is missing or damaged ({e})") from e
 
 
 def write_file(path, text):
@@ -824,10 +813,9 @@ def write_file(path, text):
 def in_range(kind, low, high):
     """A type for argparse: numbers from `low` to `high`."""
     def number(text):
-        value = kind(text)
-        if not low <= value <= high:    # so that NaN is refused too
+        if not low <= kind(text) <= high:    # so that NaN is refused too
             raise argparse.ArgumentTypeError(f"'{text}' is not from {low} to {high}")
-        return value
+        return kind(text)
     return number
 
 
@@ -836,8 +824,8 @@ WORKERS = in_range(int, 0, 1024)
 
 
 def usable_device(device=None, name="tiny"):
-    """The torch.device of this name for a model, see load_coat. None: the GPU or, for tiny, the
-    CPU. Raises InputError if there is no GPU."""
+    """A torch.device for a model, see load_coat; by default the GPU or, for tiny, the CPU. Raises
+    InputError."""
     backbone = name if name in BACKBONES else saved_as(latest_checkpoint(name))["backbone"]
     if device is None and not torch.cuda.is_available() and backbone != "tiny":
         raise InputError(f"torch {torch.__version__} finds no GPU (CUDA 13 needs driver 580 or "
@@ -845,14 +833,13 @@ def usable_device(device=None, name="tiny"):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # With a mask and some lengths the backward pass of cuDNN's attention, which torch 2.11
-        # prefers on Hopper and later, gives NaN (pytorch issue 196678).
+        # With a mask its backward pass, which torch 2.11 prefers, can give NaN (pytorch 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
 def saved_as(folder):
-    """What CoAT.save wrote of a folder: {"backbone", "model_path", "think"}. Raises InputError."""
+    """{"backbone", "model_path", "think"} as CoAT.save wrote it. Raises InputError."""
     return read_json(os.path.join(folder, "coat.json"))
 
 
@@ -863,13 +850,12 @@ def checkpoint_steps(run):
 
 
 def latest_checkpoint(run):
-    """The newest checkpoint-STEP folder of a run, or `run` itself if CoAT.save wrote it. Raises
-    InputError if there is none."""
+    """The newest checkpoint-STEP folder of a run, or `run` if CoAT.save wrote it. Raises
+    InputError."""
     if os.path.isfile(os.path.join(run, "coat.json")):
         return run
     steps = checkpoint_steps(run)
     if not steps:
         names = ", ".join(f"{name} ({row.hub_id or 'random'})" for name, row in BACKBONES.items())
-        raise InputError(f"'{run}' is no run, checkpoint or merged folder, and none of the "
-                         f"backbones {names}")
+        raise InputError(f"'{run}' is no run, checkpoint, merged folder or backbone: {names}")
     return os.path.join(run, f"checkpoint-{steps[-1]}")

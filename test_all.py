@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import functools
 import http.server
-import importlib.util
 import io
 import json
 import math
@@ -37,8 +36,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
+import datasets
+import filelock
 import jiwer
 import numpy as np
 import peft
@@ -58,10 +58,10 @@ import experts
 import heads
 import infer
 import model
-from data import (Manifest, Mixture, Rows, Tones, allot, at_rate, collate, open_source, plan_stage,
+from data import (Manifest, Mixture, Rows, Tones, at_rate, collate, open_source, plan_stage,
                   read_audio)
 from docs import pictures
-from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, SoundEvents, SpeechUnits, load,
+from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, Pitch, SoundEvents, SpeechUnits, load,
                      load_experts, resample_frames)
 from model import (BACKBONES, IGNORE, THINK, THINK_END, THINK_START, InputError, TooLong,
                    build_inputs, load_coat, n_audio_tokens, render_prompt)
@@ -85,7 +85,8 @@ def test_training_sees_the_ids_of_inference(coat, rows):
         n = asked["input_ids"].shape[1]
         assert torch.equal(trained["input_ids"][:, :n], asked["input_ids"])
         assert (trained["labels"][:, :n] == IGNORE).all()
-        assert (trained["labels"][:, n:] != IGNORE).all()
+        said = coat.processor.tokenizer.decode(trained["labels"][0, n:])
+        assert said == response + "<|im_end|>"
 
 
 def test_block_has_L_a_plus_2_ids_from_a_tenth_of_a_second_to_two_minutes(coat):
@@ -107,14 +108,16 @@ def test_block_has_L_a_plus_2_ids_from_a_tenth_of_a_second_to_two_minutes(coat):
 
 def test_thinking_lengthens_the_one_prefill_and_adds_no_decode_step(coat):
     """The claim of section 3.2: the block is consumed in the prefill."""
-    prompts = {}
-    for think in (True, False):
-        batch = build_inputs(coat, [noise(2.0)], ["?"], think=think)
-        prompts[think] = batch["input_ids"].shape[1]
-        with watched(coat) as calls:
-            assert greedy(coat, batch, 7).shape == (1, 7)
-        assert calls == ["audio tower", prompts[think], 1, 1, 1, 1, 1, 1]
-    assert prompts[True] == prompts[False] + 50 + 2
+    inner = coat.hf.model
+    for think, block in ((True, 50 + 2), (False, 0)):
+        calls = []
+        with (inner.audio_tower.register_forward_pre_hook(lambda *args: calls.append("tower")),
+              inner.language_model.register_forward_pre_hook(
+                  lambda module, args, inputs: calls.append(inputs["inputs_embeds"].shape[1]),
+                  with_kwargs=True)):
+            greedy(coat, build_inputs(coat, [noise(2.0)], ["?"], think=think), 7)
+        prompt = build_inputs(coat, [noise(2.0)], ["?"], think=False)["input_ids"].shape[1]
+        assert calls == ["tower", prompt + block, 1, 1, 1, 1, 1, 1]
 
 
 def test_cross_entropy_is_transformers_loss_over_the_response_alone(coat, rows):
@@ -248,14 +251,6 @@ def test_row_is_the_published_prompt_and_the_block(coat, seconds, n_audio):
         HEADER + clip + " What is it?\n <|im_end|>\n<|im_start|>assistant\n" + block)
 
 
-def test_labels_are_the_response_and_its_end(coat, rows):
-    batch = build_inputs(coat, *rows)
-    for labels, mask, response in zip(batch["labels"], batch["attention_mask"], rows[2]):
-        said = coat.processor.tokenizer.decode(labels[labels != IGNORE])
-        assert said == response + "<|im_end|>"
-        assert (labels[mask == 0] == IGNORE).all() and mask[-1] == 1
-
-
 def test_closed_form_of_L_a_is_that_of_the_towers():
     frames = np.arange(3, 3001)
     of_tower = [((f - 1) // 2 + 1 - 2) // 2 + 1 for f in frames]
@@ -264,16 +259,16 @@ def test_closed_form_of_L_a_is_that_of_the_towers():
 
 def test_special_tokens_in_a_text_are_refused(coat):
     for token in (coat.backbone.audio_token, THINK, "<|im_end|>", "<|endoftext|>"):
-        for row in ([f"what is {token}?"], ["yes"]), (["what?"], [token]):
+        for prompt, response in ((f"what is {token}?", "yes"), ("what?", token)):
             with pytest.raises(InputError, match="special token"):
-                build_inputs(coat, [noise(1.0)], *row)
+                build_inputs(coat, [None], [prompt], [response])
 
 
 @pytest.mark.parametrize("wave, words", [
     (torch.zeros(1000), "lasts 0.06 s"), (torch.zeros(121 * 16000), "lasts 121.00 s"),
     (torch.zeros(16000, 2), "mono"), (torch.zeros(16000, dtype=torch.int16), "int16"),
-    (torch.full((16000,), 9830.0), "divide by 32768"),
-    (torch.full((16000,), math.nan), "samples up to nan")])
+    (torch.full((16000,), 9830.0), "goes to 9.83e"),
+    (torch.full((16000,), math.nan), "goes to nan")])
 def test_clip_that_is_no_sound_is_refused(tiny, wave, words):
     with pytest.raises(InputError, match=words):
         build_inputs(tiny, [wave], ["?"])
@@ -296,32 +291,22 @@ def test_batch_gives_each_row_what_it_gets_alone(coat, rows):
         assert not out.think_states[i, n:].any()
 
 
-def test_two_minutes_beside_a_text_row_give_3000_states_and_no_features_beyond_them(coat):
-    batch = build_inputs(coat, [noise(120), None], ["?", "hello"], ["a", "b"])
-    with torch.no_grad():
-        out = coat(batch)
-    features = batch["audio"]["input_features"]
-    assert features.shape[0] * features.shape[2] == 12000
-    assert out.valid.sum(1).tolist() == [3000, 0]
-    assert out.think_states.isfinite().all() and out.ce_sum.isfinite()
-
-
-def test_audio_embeds_are_the_projected_tower(coat):
+def test_audio_embeds_are_the_projected_tower_and_build_no_graph(coat):
     batch = build_inputs(coat, [noise(0.1), None, noise(31, 1)], ["a", "t", "b"], ["c", "d", "e"])
-    out, projected = forward_and_projected(coat, batch)
-    mask = next(value for key, value in batch["audio"].items() if key.endswith("mask"))
+    inner = coat.hf.model
+    last = inner.audio_tower.proj if coat.name == "qwen2.5-omni" else inner.multi_modal_projector
+    kept = []
+    hook = last.register_forward_hook(lambda module, args, out: kept.append(out))
+    out = coat(batch)
+    hook.remove()
+    projected, = kept
+    assert projected.requires_grad == bool(coat.new_projector)
     if projected.ndim == 3:
+        mask = next(value for key, value in batch["audio"].items() if key.endswith("mask"))
         n_frames = [(n + 1) // 2 // 2 for n in mask.sum(1).tolist()]
         projected = torch.cat([window[:n] for window, n in zip(projected, n_frames)])
     assert torch.equal(out.audio_embeds[out.valid], projected)    # (2 + 775, D)
-
-
-def test_audio_tower_builds_no_graph(coat):
-    batch = build_inputs(coat, [noise(0.1)], ["a"], ["b"])
-    out, projected = forward_and_projected(coat, batch)
-    assert projected.requires_grad == bool(coat.new_projector)
-    assert not out.audio_embeds.requires_grad
-    assert out.think_states.requires_grad
+    assert out.think_states.requires_grad and not out.audio_embeds.requires_grad
 
 
 def test_without_the_block_there_are_no_thinking_states_but_for_the_control(
@@ -339,14 +324,7 @@ def test_without_the_block_there_are_no_thinking_states_but_for_the_control(
     assert torch.equal(control.think_states[control.valid], h[batch["audio_mask"]])
 
 
-def test_two_clips_give_different_logits_for_the_same_ids(coat):
-    first = build_inputs(coat, [noise(1.0, 1)], ["Which?"])
-    second = build_inputs(coat, [noise(1.0, 2)], ["Which?"])
-    assert torch.equal(first["input_ids"], second["input_ids"])
-    assert (last_logits(coat, first) - last_logits(coat, second)).abs().max() > 1e-2
-
-
-def test_bf16_trains_as_fp32_does(coat, hub):
+def test_bf16_trains_as_fp32_does_and_merges_with_one_rounding(coat, hub):
     rows = [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"], ["yes", "no", "so"]
     with torch.no_grad():
         want = coat(build_inputs(coat, *rows))
@@ -359,6 +337,13 @@ def test_bf16_trains_as_fp32_does(coat, hub):
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
         assert not p.requires_grad or p.grad.isfinite().all()
     assert_close(out.ce_sum, want.ce_sum, rtol=0.05, atol=0.1)
+
+    layer = next(m for m in low.hf.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    merged = layer.base_layer.weight.float() + layer.get_delta_weight("default")
+    low.merge()
+    assert torch.equal(layer.base_layer.weight, merged.bfloat16())
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert greedy(low, batch, 3).shape == (3, 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,20 +433,9 @@ def test_lora_sits_on_the_language_model_alone_and_a_new_projector_is_trained_wh
     assert all(".language_model." in name for name in trained)
 
 
-def test_training_leaves_the_base_weights_byte_identical(coat, hub):
-    fresh = loaded(coat.where, hub)
-    before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in fresh.parameters() if p.requires_grad], lr=1e-2)
-    out = fresh(build_inputs(fresh, [noise(0.5), None], ["?", "hi"], ["yes", "no"]))
-    (out.ce_sum + out.think_states.pow(2).mean()).backward()
-    optimizer.step()
-    for name, p in fresh.named_parameters():
-        assert torch.equal(p, before[name]) != p.requires_grad, name
-
-
 def test_new_rows_start_as_the_mean_of_the_used_ones_and_a_table_with_room_keeps_its_size(
         coat, hub):
-    spare = {"tiny": 58, "composed": 0} | {name: layout.spare for name, layout in LAYOUTS.items()}
+    spare = {"tiny": 58, "composed": 0} | {name: layout[1] for name, layout in LAYOUTS.items()}
     plain = load_coat(*hub[coat.where])
     used = len(plain.processor.tokenizer) - 3
     assert plain.think_ids == [used, used + 1, used + 2]
@@ -508,23 +482,23 @@ def test_adapter_cards_lines_with_peft_alone_say_what_it_says(coat, written, tmp
 @pytest.mark.parametrize("folder", ["adapter", "merged"])
 def test_saved_template_asks_for_the_block_and_writes_it(coat, written, folder):
     template = (Path(getattr(written, folder)) / "chat_template.jinja").read_text()
-    clip = {"type": "audio"}
-    text = {"type": "text", "text": "Which?"}
+    clip, text = {"type": "audio"}, {"type": "text", "text": "Which?"}
 
-    def render(content, **kwargs):
+    def render(content, ask=True, **kwargs):
         chat = [{"role": "user", "content": content}]
-        return coat.processor.apply_chat_template(chat, template, tokenize=False, **kwargs)
+        return coat.processor.apply_chat_template(
+            chat, template, tokenize=False, add_generation_prompt=ask, **kwargs)
 
     prompt = render_prompt(coat, "Which?", 1)
     block = THINK_START + 25 * THINK + THINK_END
-    assert render([clip, text], add_generation_prompt=True, n_audio=25) == prompt + block
-    assert render([clip | {"n_audio": 25}, text], add_generation_prompt=True) == prompt + block
-    assert render([clip, text], add_generation_prompt=True, n_audio=0) == prompt
+    assert render([clip, text], n_audio=25) == prompt + block
+    assert render([clip | {"n_audio": 25}, text]) == prompt + block
+    assert render([clip, text], n_audio=0) == prompt
+    assert prompt.startswith(render([clip, text], ask=False))
+    assert render("Say hello.") == render_prompt(coat, "Say hello.", 0)
     for content in ([clip, text], coat.backbone.audio_token + "Which?"):
         with pytest.raises(Exception, match="n_audio"):
-            render(content, add_generation_prompt=True)
-    assert prompt.startswith(render([clip, text]))
-    assert render("Say hello.", add_generation_prompt=True) == render_prompt(coat, "Say hello.", 0)
+            render(content)
 
 
 def test_batch_in_plain_transformers_says_what_each_clip_gets_alone(coat, written):
@@ -545,40 +519,37 @@ def test_batch_in_plain_transformers_says_what_each_clip_gets_alone(coat, writte
     assert said == [merged.answer(wave, 16000, "Which?", 6) for wave in waves]
 
 
-def test_merged_bf16_is_bf16_throughout_and_each_weight_is_rounded_once(coat, hub):
-    low = loaded(coat.where, hub, dtype=torch.bfloat16)
-    layer = next(m for m in low.hf.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
-    merged = layer.base_layer.weight.float() + layer.get_delta_weight("default")
-    low.merge()
-    assert torch.equal(layer.base_layer.weight, merged.bfloat16())
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
-    batch = build_inputs(low, [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"])
-    assert greedy(low, batch, 3).shape == (3, 3)
-
-
-def test_omni_is_loaded_without_its_vision_blocks_and_talker_and_saved_as_the_full_model(hub):
+def test_omni_is_loaded_without_its_vision_blocks_and_talker(hub):
     coat = loaded("qwen2.5-omni", hub)
-    assert not any("visual.blocks" in name or "talker" in name for name, _ in coat.named_parameters())
+    names = [name for name, _ in coat.named_parameters()]
+    assert not any("visual.blocks" in name or "talker" in name for name in names)
     assert not hasattr(coat.processor, "image_processor")
 
 
-def test_text_thinking_adapter_of_the_old_layout_is_loaded_whole(hub, text_think):
+def test_text_thinking_adapter_of_the_old_layout_is_loaded_whole(hub, tmp_path):
     """Audio Flamingo 3's own, from before transformers 5."""
-    coat = model.load_text_think("audio-flamingo-3", text_think.folder, hub["audio-flamingo-3"][1])
-    want = text_think.ours.merge().hf.state_dict()
-    for key, value in coat.hf.state_dict().items():
+    ours = loaded("audio-flamingo-3", hub)
+    ours.lm.save_pretrained(tmp_path, save_embedding_layers=False)
+    path = tmp_path / "adapter_model.safetensors"
+    old = {key.replace("model.model.language_model", "model.language_model.model"): value
+           for key, value in safetensors.torch.load_file(path).items() if "lora" in key}
+    safetensors.torch.save_file(old, path, metadata={"format": "pt"})
+    with edited_json(tmp_path / "adapter_config.json") as config:
+        config["trainable_token_indices"] = None
+    bias = torch.randn(64)
+    place = "base_model.model.multi_modal_projector.linear_2.bias"
+    torch.save({place: bias}, tmp_path / "non_lora_trainables.bin")
+
+    thinking = model.load_text_think("audio-flamingo-3", tmp_path, hub["audio-flamingo-3"][1])
+    want = ours.merge().hf.state_dict()
+    for key, value in thinking.hf.state_dict().items():
         if key.endswith("multi_modal_projector.linear_2.bias"):
-            assert torch.equal(value, text_think.bias)
+            assert torch.equal(value, bias)
         elif "embed_tokens" not in key and "lm_head" not in key:    # ours has trained rows there
             assert_close(value, want[key])
-
-
-def test_text_thinking_asks_with_the_sentence_of_its_authors_and_without_the_block(text_think):
-    told = json.loads(run("infer.py", *text_think.ask, text_think.folder))
-    assert told["question"].endswith("reason about the input audio before you respond.")
-    wave = at_rate(*read_audio(told["audio"]), 16000)
-    asked = build_inputs(text_think.ours, [wave], [told["question"]], think=False)
-    assert told["prompt_tokens"] == asked["input_ids"].shape[1]
+    torch.save({"elsewhere.bias": bias}, tmp_path / "non_lora_trainables.bin")
+    with pytest.raises(InputError, match="elsewhere.bias"):
+        model.load_text_think("audio-flamingo-3", tmp_path, hub["audio-flamingo-3"][1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -596,10 +567,6 @@ def test_soft_losses_vanish_at_the_target_alone(loss):
     logits = torch.randn(50, 4)
     assert_close(loss(logits, logits.sigmoid()), torch.zeros(50, 4), atol=1e-6, rtol=0)
     assert (loss(logits + 0.1, logits.sigmoid()).mean(-1) > 0).all()
-
-
-def test_focal_bce_of_gamma_0_is_bce():
-    logits = torch.randn(50, 4)
     q = torch.rand(50, 4)
     assert torch.equal(heads.focal_bce(logits, q, gamma=0), heads.bce(logits, q))
 
@@ -615,11 +582,10 @@ def test_no_constant_answer_costs_less_than_the_best(loss, power):
         assert (loss((best + step).expand_as(target), target).mean(0) > least).all()
 
 
-def test_heads_start_at_the_best_constant_answer_and_learn(two_heads):
+def test_only_the_heads_with_targets_run_and_learn(two_heads):
     expert_heads, h, valid, targets = two_heads
-    losses = expert_heads(h, valid, targets)
-    for task in targets:
-        assert (losses[task] / valid.sum()).item() == pytest.approx(1, abs=1e-4)
+    losses = expert_heads(h, valid, {"recon": targets["recon"]})
+    assert list(losses) == ["recon"]
     losses["recon"].backward()
     assert expert_heads["recon"].out.weight.grad.any()
     assert all(p.grad is None for p in expert_heads["pitch"].parameters())
@@ -647,30 +613,32 @@ def test_batch_without_audio_gives_every_head_a_gradient_of_zero(two_heads):
     assert all(p.grad is not None and not p.grad.any() for p in expert_heads.parameters())
 
 
-def test_losses_are_summed_in_fp32_under_autocast(two_heads):
+def test_losses_are_fp32_under_autocast_and_scales_are_saved_with_the_heads(two_heads):
     expert_heads, *batch = two_heads
     with torch.autocast("cpu", torch.bfloat16):
         losses = expert_heads(*batch)
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
-
-
-def test_scales_are_saved_with_the_heads_and_readouts_are_not(two_heads):
-    names = set(two_heads[0].state_dict())
+    names = set(expert_heads.state_dict())
     assert {"recon_scale", "pitch_scale", "pitch_aux_scale", "pitch.out.weight"} < names
     assert not any("readout" in name for name in names)
+
+
+def test_features_that_are_not_finite_give_no_scale(two_heads):
+    """A NaN among the first clips would stay in the scales for good."""
+    with pytest.raises(ValueError, match="^expert 'recon' gives NaN or infinity"):
+        two_heads[0].calibrate("recon", [torch.zeros(5, 8), torch.full((5, 8), math.nan)])
 
 
 @pytest.mark.parametrize("name, result", [
     ("heads", "round(losses['speech'].item(), 2) == 100"), ("experts", "z.shape == (25, 2048)")])
 def test_file_copied_alone_does_what_its_docstring_says(name, result, tmp_path, monkeypatch):
-    path = shutil.copy(HERE / f"{name}.py", tmp_path)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    lines = re.findall(r"^    >>> (.*)$", sys.modules[name].__doc__, re.M)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name)
     names = {}
-    exec("\n".join(re.findall(r"^    >>> (.*)$", module.__doc__, re.M)), names)
-    assert eval(result, names)
+    exec("\n".join(lines), names)
+    assert names[name].__file__.startswith(str(tmp_path)) and eval(result, names)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -726,25 +694,17 @@ def test_readout_is_that_of_each_clip_and_passes_gradients_to_its_input_alone(na
     assert all(p.grad is None and not p.requires_grad for p in expert.parameters())
 
 
-@pytest.mark.parametrize("name, frames", [
-    ("affect", {1: 1, 719: 1, 720: 2, 32000: 99}),
-    ("sound", {1: 1, 64000: 6}),
-    ("pitch", {1: 1, 44100: 173}),
-])
-def test_there_are_as_many_frames_as_announced_and_at_least_one(name, frames):
+@pytest.mark.parametrize("name", ["affect", "sound", "pitch"])
+def test_there_are_as_many_frames_as_announced_and_at_least_one(name):
     expert = an_expert(name)
-    assert {n: expert.frames(n) for n in frames} == frames
     for n in (1, 79, 400, 5000, 33024, 40001):
         z = expert(torch.randn(n) * 0.1)
         assert z.shape == (expert.frames(n), expert.dim) and z.dtype == torch.float32
 
 
-# (frames, tokens, Hz, centre of frame 0 in seconds): the four networks', and others
-RESAMPLED = [(1, 7, 50.0, 0.0125), (99, 50, 50.0, 0.0125), (87, 25, 22050 / 256, 0.0),
-             (3, 25, 3.125, 0.16), (400, 3, 400.0, 0.0), (5, 40, 50.0, 0.01)]
-
-
-@pytest.mark.parametrize("frames, n, rate, offset", RESAMPLED)
+@pytest.mark.parametrize("frames, n, rate, offset", [    # the four networks', and others
+    (1, 7, 50.0, 0.0125), (99, 50, 50.0, 0.0125), (87, 25, 22050 / 256, 0.0), (3, 25, 3.125, 0.16),
+    (400, 3, 400.0, 0.0), (5, 40, 50.0, 0.01)])
 def test_frame_lands_in_the_token_that_holds_its_centre_and_constants_stay(frames, n, rate, offset):
     constant = torch.randn(1, 6)
     resampled = resample_frames(constant.expand(frames, 6), n, rate, offset)
@@ -755,37 +715,31 @@ def test_frame_lands_in_the_token_that_holds_its_centre_and_constants_stay(frame
         assert token >= n or hits[token, j] == hits[:, j].max() > 0
 
 
-def test_random_experts_are_loud_and_always_the_same(monkeypatch):
-    init = functools.partialmethod(Affect.__init__, **TINY)
-    monkeypatch.setattr(Affect, "__init__", init)
+def test_random_experts_are_loud_and_always_the_same(shipped, monkeypatch):
+    with warnings.catch_warnings(action="error"):
+        load("pitch", random=True)    # ships its weights
+    monkeypatch.setitem(EXPERTS, "affect", Affect)
+    monkeypatch.setattr(Affect, "__init__", functools.partialmethod(Affect.__init__, **TINY))
     with pytest.warns(UserWarning, match="affect: RANDOM WEIGHTS"):
         first = load("affect", random=True)
         second = load("affect", random=True)
     assert torch.equal(first(audio(16000, 0.5)), second(audio(16000, 0.5)))
 
 
-def test_random_experts_leave_out_the_one_that_ships_its_weights():
-    with warnings.catch_warnings(action="error"):
-        load("pitch", random=True)
-
-
 def test_emotion_head_of_a_plus_file_is_kept_and_read_out():
-    weights = official(Affect, **TINY)
-    weights["proj.weight"] = torch.randn(9, 256)
-    weights["proj.bias"] = torch.randn(9)
+    weights = official(Affect, **TINY) | {"proj.weight": torch.randn(9, 256),
+                                          "proj.bias": torch.zeros(9)}
     plus = Affect.from_state_dict({"model": weights})
     z = torch.randn(4, 256)
-    assert_close(plus.readout(z), F.linear(z, weights["proj.weight"], weights["proj.bias"]))
-    assert len(plus.EMOTIONS) == 9 and not any(p.requires_grad for p in plus.parameters())
+    assert_close(plus.readout(z), z @ weights["proj.weight"].T)
     assert an_expert("affect").readout is SpeechUnits.readout is None
 
 
 def test_recon_is_an_expert_like_the_others():
-    experts = load_experts(["recon", "pitch"], d=6)
-    assert list(experts) == ["recon", "pitch"] and experts["recon"].dim == 6
-    x = torch.randn(2, 5, 6)
+    some = load_experts(["recon", "pitch"], d=6)
     batch = {"n_audio": torch.tensor([5, 0]), "waves": {22050: [chord()[:4410], None]}}
-    targets = data.expert_targets(experts, batch, x)
+    x = torch.randn(2, 5, some["recon"].dim)
+    targets = data.expert_targets(some, batch, x)
     assert targets["recon"] is x and targets["pitch"].shape == (2, 5, 2112)
 
 
@@ -795,7 +749,6 @@ def test_sixth_expert_is_one_class_and_one_row(monkeypatch, tmp_path):
         frame_rate = 100.0
         dim = 1
         hop = 160
-        offset = 0.005
 
         def features(self, wave):
             return wave.unfold(0, 160, 160).square().mean(1, keepdim=True)
@@ -809,66 +762,163 @@ def test_sixth_expert_is_one_class_and_one_row(monkeypatch, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# data.py: audio and sources
+# data.py: audio
 
 def test_eight_channels_at_96_khz_are_read_as_mono(tmp_path):
     tone = np.sin(2 * np.pi * 440 * np.arange(96000) / 96000) / 2
-    path = wav(tmp_path, "eight.wav", np.stack([tone] * 8, 1), 96000)
-    wave, rate = read_audio(path)
-    assert rate == 96000 and wave.shape == (96000,)
+    wave, rate = read_audio(wav(tmp_path, "eight.wav", np.stack([tone] * 8, 1), 96000))
     down = at_rate(wave, rate, 16000)
     want = torch.sin(2 * np.pi * 440 * torch.arange(16000) / 16000) / 2
     assert len(down) == 16000 and (down - want)[200:-200].abs().max() < 1e-3
 
 
-def test_segment_of_a_file_is_that_part_of_it(tmp_path):
-    path = wav(tmp_path, "a.wav", noise(2.0).numpy(), subtype="FLOAT")
-    assert torch.equal(read_audio(path, 0.5, 1.25)[0], read_audio(path)[0][8000:20000])
+@pytest.mark.parametrize("name, subtype, more", [
+    *[("a.wav", subtype, {}) for subtype in ("PCM_16", "FLOAT", "IMA_ADPCM", "GSM610", "G721_32")],
+    *[(f"a.{ending}", "PCM_16", {}) for ending in ("aiff", "au", "w64", "rf64", "caf", "flac")],
+    ("a.ogg", "VORBIS", {}), ("a.ogg", "OPUS", {}),
+    ("a.mp3", None, {"bitrate_mode": "CONSTANT", "compression_level": 0.99}),
+    ("a.mp3", None, {"bitrate_mode": "VARIABLE", "compression_level": 0.9})])
+def test_every_format_is_read_to_its_end_in_parts_and_not_when_cut(tmp_path, name, subtype, more):
+    samples = noise(5.0).numpy() * np.repeat([1, 0.01, 1, 1, 0.1], 16000)    # of many bit rates
+    path = wav(tmp_path, name, samples, subtype=subtype, **more)
+    wave, rate = read_audio(path)
+    assert abs(len(wave) - 80000) < 1500 and Manifest(one_row(path)).lengths[0] * rate == len(wave)
+    for start in (0.25, 1.3, 3.1):
+        part, _ = read_audio(path, start, start + 0.5)
+        whole = wave[round(start * rate):][:8000]
+        assert (part - whole).abs().max() < (0.01 if subtype == "OPUS" else 1e-6)
+    cut_in_half(path)
+    with pytest.raises(InputError, match=f"{name}' .*(cut off|breaks off|malformed|internal)"):
+        read_audio(path)
+    if name in ("a.wav", "a.aiff", "a.flac"):
+        assert len(read_audio(path, 0.2, 0.9)[0]) == 11200    # that lies before the cut
 
+
+@pytest.mark.parametrize("name, subtype", [("a.flac", None), ("a.ogg", None), ("a.ogg", "OPUS"),
+                                           ("a.mp3", None), ("a.wav", None)])
+def test_files_joined_in_one_are_named(tmp_path, name, subtype):
+    paths = [wav(tmp_path, f"{i}{name}", noise(1.0 + i, i).numpy(), subtype=subtype)
+             for i in range(2)]
+    path = write(tmp_path / name, b"".join(Path(path).read_bytes() for path in paths))
+    with pytest.raises(InputError, match="goes on after its end at 1.0|two files in one|RIFF"):
+        read_audio(path)
+
+
+def without_length(data):
+    """An mp3 without the frame that states its length; a FLAC or WAV as it comes out of a pipe."""
+    if data[:4] == b"RIFF":
+        return data[:40] + b"\xff\xff\xff\xff" + data[44:]
+    if data[:4] == b"fLaC":
+        return data[:21] + bytes([data[21] & 0xf0]) + bytes(4) + data[26:]
+    return data[data.index(data[:2], data.index(b"Xing")):]
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.flac", "a.wav"])
+def test_length_that_no_header_states_is_counted(tmp_path, name):
+    more = {"bitrate_mode": "VARIABLE", "compression_level": 0.5} if name == "a.mp3" else {}
+    samples = noise(20.0).numpy() * np.repeat([0.001, 1], 160000)
+    path = wav(tmp_path, name, samples, **more)
+    write(path, without_length(Path(path).read_bytes()))
+    wave, _ = read_audio(path)
+    assert abs(len(wave) - 320000) < 2000 and Manifest(one_row(path)).lengths[0] > 19.9
+    assert (read_audio(path, 15, 16)[0] - wave[240000:256000]).abs().max() < 1e-6
+
+
+BAD_CLIPS = {    # file: what the message must say
+    "missing.wav": "no file", "empty.wav": "cannot decode", "text.wav": "ffmpeg -i",
+    "x.raw": "cannot decode", "talk.sph": "cannot tell whether it is whole",
+    "zero_samples.wav": "no samples", "short.wav": "0.02 s", "long.wav": "121.00 s",
+    "nan.wav": "up to nan", "huge.wav": "up to 1e", "int16.wav": "up to 9830, .* integers",
+}
+
+
+@pytest.mark.parametrize("name, words", BAD_CLIPS.items())
+def test_bad_audio_is_refused_with_its_name_in_one_line(bad_clips, name, words):
+    with pytest.raises(InputError, match=words) as error:
+        read_audio(bad_clips[name])
+    assert name in str(error.value) and "\n" not in str(error.value)
+    assert isinstance(error.value, TooLong) == (name == "long.wav")
+
+
+def test_samples_may_go_a_bit_above_one_and_segments_not_beyond_the_end(tmp_path):
+    path = wav(tmp_path, "a.wav", np.tile([1.3, -1.2], 8000), subtype="FLOAT")
+    assert read_audio(path)[0].max() > 1.2
+    with pytest.raises(InputError, match="no samples from 3"):
+        read_audio(path, 3.0, 4.0)
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: rows and tones
 
 def test_shipped_clips_all_decode():
-    source = Manifest(HERE / "assets/clips.jsonl")
+    source = Manifest(str(HERE / "assets/clips.jsonl"))
     assert len(source) >= 12 and not source.skipped
-    assert 1 < source.lengths.min() and source.lengths.max() < 15
     for i in range(len(source)):
         row = source.load(i)
-        assert row["wave"].abs().max() > 0.02
+        assert row["wave"].abs().max() > 0.02 and 1 < source.lengths[i] < 15
         choices = row.get("choices", [row["response"]])
         assert any(row["response"].endswith(choice) for choice in choices)
 
 
-def test_tones_are_the_same_everywhere_and_differ_between_splits():
-    train = Tones("train", 600)
-    heldout = Tones("heldout", 600)
-    assert torch.equal(train.load(7)["wave"], Tones("train", 600).load(7)["wave"])
-    assert not torch.equal(train.load(7)["wave"][:100], heldout.load(7)["wave"][:100])
+ROW = {"audio": "a.wav", "prompt": "a", "response": "b"}
 
 
-def test_answers_about_tones_are_balanced():
+@pytest.mark.parametrize("line, words", [
+    *[(json.dumps(ROW | {key: value}), f'"{key}" is missing, empty, taken or of another kind')
+      for key, value in [
+          ("seconds", 1e308), ("seconds", "4"), ("seconds", False), ("start", -1), ("end", math.nan),
+          ("wave", [0.1]), ("row", 1), ("audio", ["a.wav"]), ("prompt", " "), ("response", None),
+          ("question", ["a"]), ("choices", "yes"), ("choices", [""]), ("task", None)]],
+    (json.dumps(ROW | {"more": "\ud800"}), "surrogates not allowed"), ("not json", "Expecting value"),
+    ("[1]", "write one JSON object"), ("[" * 40000, "recursion"), (b"\xff", "codec can't decode"),
+    ('{"messages": []}', '"prompt" is missing.*data.py convert reads other formats')])
+def test_row_that_cannot_be_used_gives_one_line_with_its_number(tmp_path, line, words):
+    line = line if isinstance(line, bytes) else line.encode()
+    path = write(tmp_path / "rows.jsonl", json.dumps(ROW).encode() + b"\n\n" + line)
+    with pytest.raises(InputError, match=words) as error:
+        Manifest(path)
+    assert str(error.value).startswith(f"{path}, row 1 (line 3): ")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name, words", [
+    ("none.jsonl", "no file with .*mmau"), ("empty.jsonl", "no rows"), ("a.parquet", "convert"),
+    (".", "convert"), ("tones:xyz", "give tones"), ("tones:note:5:5", "give tones")])
+def test_source_that_does_not_exist_is_refused(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    write("empty.jsonl", "\n")
+    with pytest.raises(InputError, match=words):
+        open_source(name)
+
+
+def test_tasks_are_read_in_any_case_and_unknown_ones_named(tmp_path):
+    rows = [ROW | {"task": task, "seconds": 1} for task in ("ASR", " asr ", "Poetry")]
+    source = Manifest(write_lines(tmp_path / "rows.jsonl", rows))
+    assert source[0]["task"] == "asr"
+    assert source.about == "3 rows, 0.001 h: 2 asr, 1 poetry (unknown: exact match)"
+
+
+def test_answers_about_tones_are_balanced_and_splits_differ():
     source = Tones("train", 600)
     answers = {kind: [] for kind in data.DEFAULT_TONES}
     for i in range(600):
         row = source.load(i)
         assert len(row["wave"]) == round(16000 * source.lengths[i]) and row["wave"].abs().max() < 1
-        assert row["response"] in row["choices"]
         answers[row["task"]].append(row["response"])
     for kind, given in answers.items():
         counts = [given.count(answer) for answer in data.TONES[kind][1]]
-        assert min(counts) > 0 and len(counts) == len(set(given))
-        assert max(counts) < 2.2 * len(given) / len(counts)
+        assert min(counts) > 0 and max(counts) < 2.2 * len(given) / len(counts)
+    assert torch.equal(source.load(7)["wave"], Tones("train", 9).load(7)["wave"])
+    assert not torch.equal(source.load(7)["wave"][:99], Tones("heldout", 9).load(7)["wave"][:99])
 
 
-@pytest.mark.parametrize("text, rows", [
-    ("tones", 360), ("tones:note", 60), ("tones:note,louder:5", 10), ("tones::5", 30)])
-def test_synthetic_tones_are_a_source_by_name(text, rows):
-    assert len(open_source(text)) == rows
-    assert open_source(text).load(0)["task"] in text.replace("tones", "louder")
-
-
-def test_tones_for_training_are_counted_by_the_trainer():
-    source = open_source("tones:note", 7)
-    assert len(source) == 7
-    assert torch.equal(source.load(3)["wave"], Tones("train", 7, ["note"]).load(3)["wave"])
+@pytest.mark.parametrize("text, rows, tasks", [
+    ("tones", 360, 6), ("tones:note", 60, 1), ("tones:note,louder:5", 10, 2), ("tones::5", 30, 6),
+    ("tones:semitone", 60, 1)])    # that one by name alone
+def test_synthetic_tones_are_a_source_by_name(text, rows, tasks):
+    source = open_source(text)
+    assert len(source) == rows and len({source.load(i)["task"] for i in range(10)}) == tasks
+    assert len(open_source(text.rstrip(":5"), 7)) == 7    # for training the trainer counts them
 
 
 def test_few_labels_are_half_of_a_stage_and_the_rest_only_listens():
@@ -879,10 +929,6 @@ def test_few_labels_are_half_of_a_stage_and_the_rest_only_listens():
     rows = [source.load(i) for i in range(44)]
     given = Counter((row["task"], row["response"]) for row in rows)
     assert set(given.values()) == {2, 3, 7} and given["unlabelled", "ok"] == 2
-    assert len([answer for _, answer in given]) == 7 + 3 + 1
-
-
-def test_seed_chooses_the_labelled_clips():
     waves = [open_source("tones:note:7", 40, seed).load(0)["wave"] for seed in (1, 1, 2)]
     assert torch.equal(waves[0], waves[1]) and not torch.equal(waves[0], waves[2])
 
@@ -892,6 +938,8 @@ def test_seed_chooses_the_labelled_clips():
 
 class Clips:
     """A source of which only the lengths are known."""
+
+    draw = Manifest.draw
 
     def __init__(self, lengths, skipped=()):
         self.lengths = lengths
@@ -917,28 +965,31 @@ def test_copies_of_a_row_go_to_different_steps(rows, distinct):
     source = Clips(np.random.default_rng(0).uniform(1, 30, rows))
     plan = plan_stage(source, 100, 16, seed=1, stage=0)
     assert {len(set(step)) for step in plan.tolist()} == {distinct}
-    counts = np.bincount(plan.ravel())
-    assert max(counts) - min(counts) <= 1
 
 
-def test_stage_is_a_function_of_seed_and_stage():
+@pytest.mark.parametrize("share", [0.05, 0.4])
+def test_rows_of_text_are_dealt_evenly_over_the_steps(share):
+    rng = np.random.default_rng(0)
+    lengths = rng.uniform(1, 30, 8000) * (rng.random(8000) > share)
+    plan = plan_stage(Clips(lengths), 500, 16, seed=1, stage=0)
+    for window in (lengths[plan] == 0).sum(1).reshape(10, 50):
+        assert window.max() - window.min() <= 1
+    assert len(set(plan.ravel())) == 8000
+
+
+def test_plan_is_a_function_of_rows_seed_and_stage_and_the_same_as_ever():
     source = Clips(np.random.default_rng(0).uniform(1, 30, 640))
-    plan = plan_stage(source, 100, 16, seed=1, stage=0)
-    assert np.array_equal(plan, plan_stage(source, 100, 16, seed=1, stage=0))
-    assert not np.array_equal(plan, plan_stage(source, 100, 16, seed=1, stage=1))
-    assert not np.array_equal(plan, plan_stage(source, 100, 16, seed=2, stage=0))
-
-
-def test_manifest_is_drawn_in_whole_passes(mixture):
-    source = Manifest(mixture.paths[0])
-    rng = np.random.default_rng([5, 1])
-    drawn = np.concatenate([rng.permutation(500), rng.permutation(500)])[:600]
-    assert np.array_equal(np.sort(plan_stage(source, 50, 12, 5, 1), axis=None), np.sort(drawn))
+    tones = open_source("tones:note:7", 800, 3)
+    plans = [plan_stage(source, 100, 16, 1, 0), plan_stage(tones, 100, 8, 5, 1),
+             plan_stage(source, 100, 16, 1, 1), plan_stage(source, 100, 16, 2, 0)]
+    sums = [zlib.crc32(plan.astype("<i4").tobytes()) for plan in plans]
+    assert len(set(sums)) == 4
+    assert sums[:2] == [2776585904, 3087509921]    # of commit f8c71a2: a run from then goes on
 
 
 def test_batch_without_audio_has_one_masked_frame_and_targets_of_zero(tiny):
     row = {"prompt": "Say hello.", "response": "hello"}
-    batch = collate([row, row], tiny.spec, rates=[an_expert("pitch").sample_rate])
+    (batch,), _ = collate([row, row], tiny.spec, rates=[22050])
     targets = data.expert_targets({"pitch": an_expert("pitch")}, batch)
     assert targets["pitch"].shape == (2, 1, 8 * 264) and not targets["pitch"].any()
     assert tiny(batch).valid.tolist() == [[False], [False]]
@@ -947,7 +998,7 @@ def test_batch_without_audio_has_one_masked_frame_and_targets_of_zero(tiny):
 def test_micro_batch_has_at_most_its_tokens_or_one_row(tiny):
     row = {"rate": 16000, "prompt": "?", "response": "x"}
     rows = [row | {"row": i, "wave": noise(0.3 + i % 7)} for i in range(20)]
-    batches, skipped = data.collate_step(rows, tiny.spec, micro_tokens=400)
+    batches, skipped = collate(rows, tiny.spec, micro_tokens=400)
     found = [found["row"] for batch in batches for found in batch["rows"]]
     assert sorted(found) == list(range(20)) and not skipped
     assert all(b["input_ids"].numel() <= 400 or len(b["rows"]) == 1 for b in batches)
@@ -958,22 +1009,51 @@ def test_targets_are_made_clip_by_clip(tiny):
     """The level of a clip, its ends and its length are its own, so it must not be padded."""
     pitch = an_expert("pitch")
     row = {"wave": noise(1.3), "rate": 16000, "prompt": "?", "response": "x"}
-    batch = collate([row, row | {"wave": noise(0.4)}], tiny.spec, rates=[pitch.sample_rate])
+    (batch,), _ = collate([row, row | {"wave": noise(0.4)}], tiny.spec, [22050], responses=False)
     targets = data.expert_targets({"pitch": pitch}, batch)["pitch"]
     z = pitch(at_rate(noise(0.4), 16000, pitch.sample_rate))
     assert torch.equal(targets[1, :10], resample_frames(z, 10, pitch.frame_rate, pitch.offset))
     assert not targets[1, 10:].any()
 
 
+def test_what_the_header_tells_keeps_a_row_out_of_the_plan_and_the_rest_out_of_its_batch(
+        tiny, bad_clips, tmp_path):
+    bad_clips = bad_clips | {"good.wav": wav(tmp_path, "good.wav", noise(1.0).numpy())}
+    names = ("nan.wav", "good.wav", "long.wav", "missing.wav")
+    source = Manifest(rows_about(tmp_path, bad_clips, *names))
+    assert [(i, type(error)) for i, error in source.skipped] == [(2, TooLong), (3, InputError)]
+    assert set(plan_stage(source, 5, 2, 0, 0).ravel()) == {0, 1}
+    rows = [Rows(source)[i] for i in range(4)]
+    rows += [rows[1] | {"response": THINK, "row": 7}, rows[1] | {"rate": 44099}]
+    (batch,), skipped = collate(rows, tiny.spec)
+    assert [row["row"] for row in batch["rows"]] == [1] and batch["seconds"] == 1.0
+    assert [type(error) for error in skipped] == [InputError, TooLong, *[InputError] * 3]
+    assert "row 7" in str(skipped[3]) and "44099" in str(skipped[4])
+    (idle,), _ = collate(rows[:1], tiny.spec)
+    assert idle["rows"] == [] and (idle["labels"] == IGNORE).all()
+
+
+def test_large_batch_comes_through_few_open_files(tmp_path):
+    path = manifest(tmp_path, [0.2] * 300)
+    code = ("import resource, torch; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128));"
+            "from data import *; spec = load_coat('tiny').spec;"
+            "rows = torch.utils.data.DataLoader(Rows(Manifest(sys.argv[1])), num_workers=1,"
+            "batch_sampler=[range(150), range(150, 300)],"
+            "collate_fn=lambda rows: collate(rows, spec, (22050, 32000))[0]);"
+            "print(sum(len(batch['rows']) for found in rows for batch in found))")
+    ran = subprocess.run([sys.executable, "-c", code, path], cwd=HERE, text=True, timeout=60,
+                         capture_output=True)
+    assert ran.stdout == "300\n", ran.stderr[-1000:]
+
+
 # --------------------------------------------------------------------------------------------------
-# data.py: mixtures
+# data.py: mixtures, check
 
 MIXTURE = """// shares as in the paper
 {"groups": {
   // two sources, one of them small
   "asr": {"share": 3, "sources": ["a.jsonl", {"rows": "deep/b.jsonl", "max_epochs": 2}]},
   "caption": {"share": 2, "sources": ["c.jsonl"]},
-    // no audio
   "text": {"share": 1, "sources": ["t.jsonl"]}},
  "max_epochs": 4, "rows": 600}
 """
@@ -988,510 +1068,296 @@ def mixture(tmp_path):
     return Mixture(write(tmp_path / "mixture.json", MIXTURE))
 
 
-def per_source(mixture, rows):
-    ends = zip(mixture.first, mixture.first[1:])
-    return [int(((begin <= rows) & (rows < end)).sum()) for begin, end in ends]
+def draw(source, n, seed=0, stage=0):
+    return source.draw(n, np.random.default_rng([seed, stage]))
 
 
-def test_mixture_gives_groups_their_shares_and_sources_of_a_group_alike(mixture):
-    rows = mixture.draw(120, 0, 0)
-    assert len(mixture) == 910 and len(rows) == 120
-    assert per_source(mixture, rows) == [30, 30, 40, 20]    # 3 : 2 : 1
-    assert mixture.draw(601, 0, 0).shape == (601,)
-
-
-def test_mixture_leaves_what_a_capped_source_cannot_give_to_its_group(mixture):
-    rows = mixture.draw(600, 0, 0)
-    assert per_source(mixture, rows) == [220, 80, 200, 100]    # deep/b: 40 rows, twice
-
-
-def test_mixture_leaves_what_a_group_cannot_give_to_the_others_and_reports_it(mixture):
-    n = 2400    # text would be 400, its cap is 4 * 70; the rest at 3 : 2
-    counts = per_source(mixture, mixture.draw(n, 0, 0))
-    assert counts == mixture.counts(n).tolist() == [1192, 80, 848, 280]
-    text = "\n".join(mixture.report(n))
-    assert "text: 120 short of its share, left to other groups" in text
-    assert "asr: 72 above its share" in text
-    assert "t.jsonl, no more by its max_epochs" in text and "c.jsonl, no more" not in text
-
-
-def test_mixture_that_is_used_up_is_refused(mixture):
-    assert mixture.counts(3560).tolist() == [2000, 80, 1200, 280]
+@pytest.mark.parametrize("n, counts", [
+    (120, [30, 30, 40, 20]),       # 3 : 2 : 1, sources of a group alike
+    (600, [220, 80, 200, 100]),    # deep/b has 40 rows, twice; the rest goes to its group
+    (2400, [1192, 80, 848, 280]),  # text has 4 * 70, the rest goes to other groups
+    (3560, [2000, 80, 1200, 280])])
+def test_mixture_gives_shares_and_what_is_capped_to_the_others(mixture, n, counts):
+    assert mixture.counts(n).tolist() == counts
+    drawn = draw(mixture, n, 3, 1)
+    assert np.array_equal(drawn, draw(mixture, n, 3, 1))
+    assert not np.array_equal(drawn, draw(mixture, n, 3, 2))
+    times = np.bincount(drawn, minlength=len(mixture))
+    for begin, end, cap, count in zip(mixture.first, mixture.first[1:], (4, 2, 4, 4), counts):
+        of_source = times[begin:end]
+        assert of_source.sum() == count
+        assert of_source.max() - of_source.min() <= 1 and of_source.max() <= cap
     with pytest.raises(InputError, match="3561 rows, but .* has 3560 under its max_epochs"):
-        mixture.draw(3561, 0, 0)
+        draw(mixture, 3561)
 
 
-def test_each_row_of_a_source_comes_k_or_one_more_times(mixture):
-    for n in (120, 600, 2400, 3560):
-        times = np.bincount(mixture.draw(n, 3, 1), minlength=len(mixture))
-        assert times.sum() == n
-        for begin, end, cap in zip(mixture.first, mixture.first[1:], (4, 2, 4, 4)):
-            of_source = times[begin:end]
-            assert of_source.max() - of_source.min() <= 1 and of_source.max() <= cap
-
-
-def test_mixture_is_drawn_by_seed_and_stage_alone(mixture, tmp_path):
-    again = Mixture(str(tmp_path / "mixture.json"))
-    plan = plan_stage(mixture, 50, 12, 7, 1)
-    again.draw(99, 1, 1)
-    assert np.array_equal(plan, plan_stage(again, 50, 12, 7, 1)) and plan.shape == (50, 12)
-    drawn = mixture.draw(600, 7, 1)
-    assert np.array_equal(np.sort(plan.ravel()), np.sort(drawn))
-    assert not np.array_equal(drawn, mixture.draw(600, 7, 2))
-    assert not np.array_equal(drawn, mixture.draw(600, 8, 1))
-
-
-def test_rows_of_a_step_are_alike_in_length(mixture):
-    lengths = mixture.lengths[plan_stage(mixture, 50, 12, 7, 1)]
-    assert 1 - lengths.sum() / (lengths.max(1).sum() * 12) < 0.2
-
-
-def test_paths_are_relative_to_their_manifest(mixture, tmp_path):
-    assert mixture[0]["audio"] == str(tmp_path / "0.wav")
-    assert mixture[500]["audio"] == str(tmp_path / "deep/0.wav")
+def test_rows_are_in_order_and_paths_relative_to_their_manifest(mixture, tmp_path):
+    tasks = ["a"] * 500 + ["deep/b"] * 40 + ["c"] * 300 + ["text"] * 70
+    assert [row["task"] for row in mixture] == tasks
     wav(tmp_path / "deep", "0.wav", np.zeros(16000))
     assert len(mixture.load(500)["wave"]) == 16000
     assert "no file" in str(Rows(mixture)[501]) and isinstance(Rows(mixture)[501], InputError)
-
-
-def test_mixture_holds_the_rows_of_its_sources_in_order(mixture):
-    tasks = ["a"] * 500 + ["deep/b"] * 40 + ["c"] * 300 + ["text"] * 70
-    assert [row["task"] for row in mixture] == tasks
-    assert mixture[909]["response"] == "69"
     row = mixture.load(845)    # of text
     assert row["audio"] is None and "wave" not in row and mixture.lengths[845] == 0
 
 
-def test_unusable_rows_are_never_drawn(mixture, tmp_path):
+def test_unusable_rows_are_never_drawn_and_a_group_of_them_leaves_its_share(mixture, tmp_path):
     row = {"prompt": "?", "response": "x"}
     rows = [row | {"audio": "none.wav"}]
-    rows += [row | {"audio": "x.wav", "seconds": seconds} for seconds in (0.05, 5, 121, 6)]
+    rows += [row | {"audio": "x.wav", "seconds": seconds} for seconds in (0, 5, 121, 6)]
     write(tmp_path / "c.jsonl", "\n\n".join(map(json.dumps, rows)))    # an empty line is no row
-    source = Mixture(str(tmp_path / "mixture.json"))
+    source = Mixture(mixture.path)
     kinds = {i: type(error) for i, error in source.skipped}
     assert kinds == {540: InputError, 541: InputError, 543: TooLong}
-    assert [len(rows) for rows in source.usable] == [500, 40, 2, 70]
-    times = np.bincount(source.draw(300, 0, 0), minlength=len(source))
+    times = np.bincount(draw(source, 300), minlength=len(source))
     assert times[540:545].tolist() == [0, 0, 4, 0, 4]
-
-
-def test_group_without_a_usable_row_leaves_its_share(mixture, tmp_path):
     jsonl(tmp_path / "c.jsonl", 1, audio="none.wav", seconds=None)
-    again = Mixture(str(tmp_path / "mixture.json"))
-    assert again.counts(240).tolist() == [100, 80, 0, 60]
+    assert Mixture(mixture.path).counts(240).tolist() == [100, 80, 0, 60]
+    write(mixture.path, MIXTURE.replace('"share"', '"draw": "by size", "share"'))
+    assert Mixture(mixture.path).counts(240).tolist() == [167, 13, 0, 60]
 
 
-def test_allot_sums_to_n_and_keeps_caps_and_proportions():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        k = rng.integers(1, 8)
-        weights = rng.uniform(0.01, 5, k)
-        caps = rng.integers(0, 60, k)
-        n = int(rng.integers(0, 200))
-        counts = allot(n, weights, caps)
-        assert counts.sum() == min(n, caps.sum())
-        assert (0 <= counts).all() and (counts <= caps).all()
-        free = counts < caps    # those that are not full got the same for their weight, within one
-        if free.sum() > 1:
-            each = counts[free] / weights[free]
-            assert each.max() - each.min() <= (1 / weights[free]).max() + 1e-9
+@pytest.mark.parametrize("old, new", [
+    ("3,", "3"), *[('"share": 3', f'"share": {share}') for share in ("0", '"a"', "[3]", "NaN")],
+    ('"share": 3', '"shares": 3'), ('["c.jsonl"]', "[]"), ('"text"', '"asr"'), ('"c.jsonl"', "3"),
+    ('"max_epochs": 4', '"epochs": 4'), ('"max_epochs": 4', '"max_epochs": 0'),
+    ('"share": 2', '"share": 2, "draw": "alike"'), ('"c.jsonl"', '"no.jsonl"'), (MIXTURE, "[]")])
+def test_bad_mixture_is_refused_in_one_line(mixture, old, new):
+    write(mixture.path, MIXTURE.replace(old, new, 1))
+    with pytest.raises(InputError, match="mixture.json|no.jsonl") as error:
+        Mixture(mixture.path)
+    assert "\n" not in str(error.value)
 
 
-def test_check_prints_each_source_and_what_a_stage_draws(mixture, capsys):
+def test_shipped_mixture_is_one_and_names_what_convert_writes(tmp_path):
+    text = (HERE / "assets/mixture.json").read_text()
+    names = re.findall(r'"(\w+)\.jsonl"', text)
+    assert set(names) <= set(data.CORPORA) and len(names) == len(set(names)) > 15
+    for name in names:
+        jsonl(tmp_path / f"{name}.jsonl", 3)
+    assert len(Mixture(write(tmp_path / "mixture.json", text))) == 3 * len(names)
+
+
+def test_check_says_what_a_stage_draws_and_what_training_skips(mixture, tmp_path, capsys):
     assert data.check(SimpleNamespace(path=mixture.path, quick=True)) is False
     text = capsys.readouterr().out
-    assert "910 rows" in text and "a stage of 600 rows" in text and "0 would be skipped" in text
+    assert "910 rows" in text and "0 would be skipped" in text and "asr (asked: 50.00%)" in text
     line, = [line for line in text.splitlines() if "deep/b.jsonl" in line]
-    assert line.split()[:5] == ["40", "0.1", "13.33%", "80", "2.00"]
-    assert line.endswith(", no more by its max_epochs")
+    assert line.split()[:4] == ["40", "13.33%", "80", "2.00"]
 
-
-def test_check_names_what_would_be_skipped(tmp_path, capsys):
-    path = jsonl(tmp_path / "few.jsonl", 25)
-    assert data.check(SimpleNamespace(path=path, quick=False)) is True
-    text = capsys.readouterr().out
-    assert "25 would be skipped" in text
-    assert "row 19: no file" in text and "few.jsonl: 5 more" in text
-
-
-def test_check_finds_what_training_skips(tiny, tmp_path):
     wav(tmp_path, "good.wav", noise(1.0).numpy())
     wav(tmp_path, "nan.wav", np.full(16000, np.nan), subtype="FLOAT")
-    wav(tmp_path, "odd.wav", noise(1.0).numpy(), 44099)
     cut_in_half(wav(tmp_path, "cut.wav", noise(1.0).numpy()))
-    write(tmp_path / "x.raw", b"\0" * 32000)
     row = {"prompt": "?", "response": "x"}
-    names = ("good", "nan", "odd", "cut", "none", "good")
-    rows = [row | {"audio": f"{name}.wav"} for name in names]
-    rows += [row | {"audio": "x.raw"}, row | {"audio": "cut.wav", "seconds": 1}]
-    rows += [row | {"audio": "good.wav", **more} for more in (
-        {"start": -1}, {"start": 2}, {"end": 0.01}, {"start": 0.5, "end": 999}, {"seconds": 121},
-        {"seconds": 0.01}, {"prompt": f"a {THINK}"}, {"response": "<sound>"})]
-    rows += [{"prompt": "<|AU", "response": "DIO|>"}, row, row | {"response": THINK_END}]
-    source = Manifest(write_lines(tmp_path / "rows.jsonl", rows))
-
-    skipped = {i for i, _ in source.skipped}
-    rates = {expert.sample_rate for expert in EXPERTS.values()}
-    for i in set(range(len(rows))) - skipped:
-        _, errors = data.collate_step([Rows(source)[i]], tiny.spec, rates)
-        skipped |= {i for _ in errors}
-    found = {i: str(error) for i, error in data.would_skip(source, quick=False)}
-    of_another_backbone = {i for i, text in found.items() if text.startswith("with audio-flamingo")}
-    assert {i for i in found if "<sound>" in found[i]} == of_another_backbone == {15}
-    assert found.keys() - of_another_backbone == skipped == set(range(19)) - {0, 5, 11, 15, 17}
-    assert all("\n" not in text for text in found.values())
-    assert all(f"with {', '.join(BACKBONES)}: the" in found[i] for i in (14, 18))
-    assert "with qwen2-audio, qwen2.5-omni, small, tiny: the" in found[16]
-    quick = {i for i, _ in data.would_skip(source, quick=True)}
-    assert found.keys() - quick == {1, 2, 7}    # what only decoding tells
-
-
-def test_digest_of_rows_holds_the_sizes_of_their_files_and_no_times(tmp_path):
-    path = manifest(tmp_path, [1.0, 1.0])
-    before = data.fingerprint(Manifest(path))
-    os.utime(tmp_path / "0.wav", (0, 0))
-    assert data.fingerprint(Manifest(path)) == before
-    wav(tmp_path, "0.wav", noise(1.0).numpy(), subtype="PCM_24")    # as long
-    assert data.fingerprint(Manifest(path)) != before
+    rows = [row | {"audio": f"{name}.wav"} for name in ("good", "nan", "cut", "none")]
+    rows += [row | {"audio": "cut.wav", "seconds": 1}, row | {"prompt": f"a {THINK}"}]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    for quick, found in ((False, {1, 2, 3, 4, 5}), (True, {2, 3})):
+        assert data.check(SimpleNamespace(path=path, quick=quick)) is True
+        text = capsys.readouterr().out
+        assert {int(i) for i in re.findall(r"rows.jsonl, row (\d+): ", text)} == found
+        assert f"{len(found)} would be skipped" in text
 
 
 # --------------------------------------------------------------------------------------------------
-# data.py: converters
+# data.py: benchmarks
 
-# Name; files as its makers lay them out (of audio the name alone); splits; task; the rows wanted:
-# audio, response, what else they hold, where a prompt is the row's own question; what is told.
-LIBRISPEECH = "dev-clean/84/121123/84-121123"
-LIBRISQA = "LibriSpeech/train-clean-360/100/121669/100-121669-0000.flac"
-LIBRISQA_ROW = {"speech_path": "train-clean-360/100/121669/100-121669-0000.wav", "text": "TOM",
-                "duration": 15.65}
-VOXPOPULI = "20180613-0900-PLENARY-12-en_20180613-17:14:36_4"
-COMMON_VOICE = {
-    "clips/common_voice_en_1.mp3": "",
-    "clips/common_voice_en_2.mp3": "",
-    "train.tsv": "client_id\tpath\tsentence\tup_votes\n"
-                 'x\tcommon_voice_en_1.mp3\t"Well, é," he said.\t2\n'
-                 "y\tcommon_voice_en_2.mp3\t \t2\n",
-}
-DURATIONS = {"clip_durations.tsv": "clip\tduration[ms]\ncommon_voice_en_1.mp3\t3456\n"}
-
-
-def gigaspeech(*segments):
-    """GigaSpeech.json, with (text, begin, subsets) of the segments of a file."""
-    audio = {"aid": "POD1", "path": "audio/podcast/POD1.opus", "segments": []}
-    for text, begin, subsets in segments:
-        audio["segments"].append({
-            "text_tn": text, "begin_time": begin, "end_time": begin + 2.5, "subsets": subsets})
-    return json.dumps({"dataset": "GigaSpeech", "audios": [audio]})
-
-
-GIGASPEECH = {
-    "audio/podcast/POD1.opus": "",
-    "GigaSpeech.json": gigaspeech(
-        ("AS THEY'RE LEAVING <COMMA> CAN YOU <QUESTIONMARK>", 1.0, ["{XL}", "{L}"]),
-        ("<MUSIC>", 4, ["{XL}"]), ("<NOISE> <PERIOD>", 5, ["{XL}"]),
-        ("YES <EXCLAMATIONPOINT> <OTHER> NO <PERIOD>", 7.25, ["{XL}"]), ("TEST", 9, ["{TEST}"])),
-}
-GIGASPEECH_ROWS = [
-    ("audio/podcast/POD1.opus", "as they're leaving, can you?",
-     {"start": 1.0, "end": 3.5, "seconds": 2.5}),
-    ("audio/podcast/POD1.opus", "yes! no.", {"start": 7.25, "end": 9.75, "seconds": 2.5}),
-]
-CONVERTERS = [
-    ("librispeech", {
-        f"{LIBRISPEECH}-0000.flac": "",
-        f"{LIBRISPEECH}-0001.flac": "",
-        f"{LIBRISPEECH}.trans.txt": "84-121123-0000 GO DO YOU HEAR\n84-121123-0001 BUT IN LESS\n"
-                                    "84-121123-0002 GONE\n",
-    }, ["dev-clean"], "asr", [
-        (f"{LIBRISPEECH}-0000.flac", "go do you hear", {}),
-        (f"{LIBRISPEECH}-0001.flac", "but in less", {}),
-    ], "1 left out, 1 no audio file"),
-    ("common_voice", COMMON_VOICE, None, "asr", [
-        ("clips/common_voice_en_1.mp3", '"Well, é," he said.', {}),
-    ], "1 left out, 1 empty text"),
-    ("common_voice", COMMON_VOICE | DURATIONS, None, "asr", [
-        ("clips/common_voice_en_1.mp3", '"Well, é," he said.', {"seconds": 3.456}),
-    ], "1 left out, 1 empty text"),
-    ("gigaspeech", GIGASPEECH, None, "asr", GIGASPEECH_ROWS, "2 left out, 2 nothing but tags"),
-    ("gigaspeech", GIGASPEECH, ["L"], "asr", GIGASPEECH_ROWS[:1], "0 left out"),
-    ("voxpopuli", {
-        f"transcribed_data/en/2018/{VOXPOPULI}.ogg": "",
-        "transcribed_data/en/asr_train.tsv":
-            "id\traw_text\tnormalized_text\tspeaker_id\tsplit\tgender\n"
-            f'{VOXPOPULI}\tSo, "we" agree.\tso "we agree\t1\ttrain\tfemale\n',
-    }, None, "asr", [
-        (f"transcribed_data/en/2018/{VOXPOPULI}.ogg", 'so "we agree', {}),
-    ], "0 left out"),
-    *[("spgispeech", {
-        f"{folder}/13aa/12.wav": "",
-        "train.csv": "wav_filename|wav_filesize|transcript\n"
-                     '13aa/12.wav|333164|Daniel, how "do we think?\n',
-    }, None, "asr", [(f"{folder}/13aa/12.wav", 'Daniel, how "do we think?', {"seconds": 10.41})],
-        "0 left out") for folder in ("train", "spgispeech/train")],
-    ("audiocaps", {
-        "train/91139.ogg": "",
-        "train/UDGBjjwyaqE_20.wav": "",
-        "train.csv": "audiocap_id,youtube_id,start_time,caption\n"
-                     '91139,r1nicOVtvkQ,130,"A woman talks, water pours"\n'
-                     "58146,UDGBjjwyaqE,20,Clanging\n1,gone,0,Gone\n",
-    }, None, "caption", [
-        ("train/91139.ogg", "A woman talks, water pours", {}),
-        ("train/UDGBjjwyaqE_20.wav", "Clanging", {}),
-    ], "1 left out, 1 no audio file"),
-    ("clotho", {
-        "development/Señal 1.wav": "",
-        "clotho_captions_development.csv":
-            "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
-            'Señal 1.wav,"One, two.",Two.,Three.,Four.,Five.\n'.encode("latin-1"),
-    }, None, "caption", [("development/Señal 1.wav", caption, {})
-                         for caption in ("One, two.", "Two.", "Three.", "Four.", "Five.")],
-        "0 left out"),
-    ("clotho_aqa", {
-        "audio_files/rain.wav": "",
-        "clotho_aqa_train.csv":
-            "file_name,QuestionText,answer,confidence\nrain.wav,Is {it} raining?,yes,yes\n",
-    }, None, "qa", [("audio_files/rain.wav", "yes", {"prompt": "Is {it} raining?"})], "0 left out"),
-    ("librisqa", {
-        LIBRISQA: "",
-        "LibriSQA-PartI/LibriSQA-PartI-train.json": json.dumps([
-            LIBRISQA_ROW | {"question": "Who?", "answer": "Tom."}]),
-        "LibriSQA-PartII/LibriSQA-PartII-train.json": json.dumps([
-            LIBRISQA_ROW | {"answer": "B", "question_and_option":
-                            "Who is A. Tom?\nA. A son B. A king\nC) None D: All of the above"},
-            LIBRISQA_ROW | {"answer": "B", "question_and_option": "What?"}]),
-    }, None, "qa", [
-        (LIBRISQA, "Tom.", {"prompt": "Who?", "seconds": 15.65}),
-        (LIBRISQA, "B. A king", {
-            "prompt": "Who is A. Tom? A. A son B. A king C. None D. All of the above",
-            "choices": ["A son", "A king", "None", "All of the above"],
-            "task": "mcq", "seconds": 15.65}),
-    ], "1 left out, 1 without options A to D and the letter of one"),
-    *[("musicbench", {
-        f"{folder}data_aug2/-0SdAVK79lg_1.wav": "",
-        "MusicBench_train.json": '{"dataset": "MusicBench", "main_caption": "A guitar {solo}.", '
-                                 '"location": "data_aug2/-0SdAVK79lg_1.wav"}\n',
-    }, None, "music", [(f"{folder}data_aug2/-0SdAVK79lg_1.wav", "A guitar {solo}.", {})],
-        "0 left out") for folder in ("datashare/", "")],
-    ("wildjailbreak", {
-        "train/train.tsv":
-            "vanilla\tadversarial\tcompletion\tdata_type\n"
-            'How do I kill a process?\t\t"Use ""kill"".\nThen wait."\tvanilla_benign\n'
-            "plain\tImagine {x}\tNo.\tadversarial_harmful\n",
-    }, None, "text", [
-        (None, 'Use "kill".\nThen wait.', {"prompt": "How do I kill a process?"}),
-        (None, "No.", {"prompt": "Imagine {x}"}),
-    ], "0 left out"),
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+MMAR = ("Listen to the audio and answer the following multiple-choice question. Respond with only "
+        "the letter (A, B, C, or D) of the correct option.\nWhich?\nA. D\nB. A\nThe best answer is:")
+MMSU = ("Listen to the audio and answer the following question.\n\nQuestion: Which?\n\n"
+        "A. x\nB. y\nC. z\nD. {w}\n\nAnswer with the letter (A, B, C, or D) only.")
+ASR = "Please recognize the speech and only output the recognized content:"
+FOUR = {"question": "Which?", "choice_a": "x", "choice_b": "y", "choice_c": "z", "choice_d": "{w}"}
+AIR = "Which?\nA. x\nB. y\nC. None\nD. None\n" + LETTER
+BENCHMARKS = [    # name, columns beside the clip, prompt, response, limit of tokens, further keys
+    ("mmau", {"question": "Who?", "choices": '["Man", "Woman"]', "answer": "Woman"},
+     "Who?\nA. Man\nB. Woman" + LETTER, "B. Woman", 128, {"rule": "lmms-1"}),
+    ("mmar", {"question": "Which?", "choices": ["A. D", "B. A"], "answer": "A"},
+     MMAR, "A. D", 128, {"choices": ["D", "A"], "rule": "lmms-2"}),
+    ("mmsu", FOUR | {"answer": "D"}, MMSU, "D. {w}", 256, {"rule": "lmms-2"}),
+    ("clotho_aqa", {"question": "Rain?", "answer": "yes"},
+     "Rain?\nAnswer the question using a single word only. ", "yes", 8, {"task": "qa"}),
+    ("alpaca_audio", {"speech_instruction": "Name one.", "answer": "Mars."},
+     "\nPlease give a detail answer to the question in the audio.", "Mars.", 1024,
+     {"question": "Name one.", "task": "spoken_instruction"}),
+    ("wavcaps", {"instruction": "Describe {it}.", "answer": "Rain."}, "Describe {it}.", "Rain.",
+     1024, {"task": "caption"}),
+    *[(f"air_bench-{part}", FOUR | {"choice_c": None, "choice_d": None, "answer_gt": answer}, AIR,
+       response, 256, {"choices": ["x", "y"], "rule": "lmms-1"}) for part, answer, response in (
+           ("speech", "y", "B. y"), ("sound", "y", "B. y"), ("music", "neither", "neither"))],
+    ("vocalsound", {"answer": "Throat clearing", "spk_id": "f1"},
+     "Which vocal sound is it?\nA. Laughter\nB. Sniff\nC. Throat clearing\nD. Cough\nE. Sigh\n"
+     "F. Sneeze" + LETTER, "C. Throat clearing", 20, {"speaker": "f1", "prompt_is_ours": True}),
+    ("muchomusic", {"instruction": "Which instrument?", "choices": "(A) A guitar\n(B) Drums",
+                    "answer": "(B) Drums"},
+     "Which instrument?\n(A) A guitar\n(B) Drums" + LETTER[:-1] + ": ", "B. Drums", 256,
+     {"choices": ["A guitar", "Drums"], "rule": "lmms-1", "instrument_family": "percussion"}),
+    ("meld", {"answer": "joy"}, "Which emotion does the speaker express?\nA. neutral\nB. joy\n"
+     "C. sadness\nD. anger\nE. surprise\nF. fear\nG. disgust" + LETTER, "B. joy", 20,
+     {"prompt_is_ours": True}),
+    *[(name, {column: "HI"}, ASR, "HI", 256, {"wer": "whisper+basic"}) for name, column in (
+        ("librispeech-clean", "gt"), ("librispeech-other", "gt"), ("common_voice", "sentence"))],
+    ("gigaspeech", {"gt": "A <COMMA> <NOISE> B"}, ASR, "A <COMMA> B", 256, {"wer": "whisper"}),
+    ("voxpopuli", {"normalized_text": ""}, "Please transcribe the following audio in en.", "",
+     2048, {"wer": "rows"}),
+    ("spgispeech", {"text": "Hi."}, ASR, "Hi.", 512,
+     {"wer": "whisper+basic", "prompt_is_ours": True}),
 ]
 
 
-LETTER_ONLY = "\nAnswer with the option's letter from the given choices directly."
-MMAU = {"id": "3fe64f3d", "audio_id": "./test-mini-audios/3fe64f3d.wav",
-        "question": "Based on the given audio, identify the source of the speaking voice.",
-        "choices": ["Man", "Woman", "Child", "Robot"], "answer": "Woman", "dataset": "AudioSet",
-        "task": "sound", "split": "test-mini", "category": "Reasoning",
-        "sub-category": "Acoustic Source Inference", "difficulty": "medium"}
-MMAU_ROW = {"prompt": f"{MMAU['question']}\nA. Man\nB. Woman\nC. Child\nD. Robot" + LETTER_ONLY,
-            "choices": MMAU["choices"], "id": "3fe64f3d", "audio_id": MMAU["audio_id"],
-            "dataset": "AudioSet", "task_": "sound",
-            "split": "test-mini", "category": "Reasoning",
-            "sub-category": "Acoustic Source Inference", "difficulty": "medium"}
-MMAR = {"id": "id1", "audio_path": "./audio/id1.wav", "question": "Which accent?",
-        "choices": ["British", "American"], "answer": "American", "modality": "speech",
-        "category": "Signal Layer", "sub-category": "Accent", "language": "en", "source": "youtube",
-        "url": "https://example.com", "timestamp": "00:11:10,00:11:30"}
-MMAR_ROW = {"prompt": "Listen to the audio and answer the following multiple-choice question. "
-                      "Respond with only the letter (A, B, C, or D) of the correct option.\n"
-                      "Which accent?\nA. British\nB. American\nThe best answer is:",
-            **{key: MMAR[key] for key in MMAR if key not in ("question", "answer")}}
-MMSU = {"id": "s1", "task_name": "accent", "question": "Who?", "choice_a": "one", "choice_b": 2,
-        "choice_c": "three", "choice_d": "four", "answer_gt": "2", "category": "Perception",
-        "sub-category": "Phonology", "audio_path": "audio/s1.wav"}
-MMSU_ROW = {"prompt": "Listen to the audio and answer the following question.\n\nQuestion: Who?\n\n"
-                      "A. one\nB. 2\nC. three\nD. four\n\n"
-                      "Answer with the letter (A, B, C, or D) only.",
-            "choices": ["one", "2", "three", "four"], "id": "s1", "task_name": "accent",
-            "category": "Perception", "sub-category": "Phonology", "audio_path": "audio/s1.wav"}
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def air_bench(task, dataset, **more):
-    """An item of Foundation_meta.json."""
-    return {"path": "1.wav", "question": "Which?", "choice_a": "yes", "choice_b": "no",
-            "choice_c": None, "choice_d": None, "answer_gt": "no", "task_name": task,
-            "dataset_name": dataset, "uniq_id": 7} | more
+def parquet(path, *rows, column="audio"):
+    """Rows as the hub stores them, with a FLAC of 1 s, 1.5 s .. in each."""
+    clips = [wav(path.parent, f"{i}.flac", noise(1 + i / 2, i).numpy()) for i in range(len(rows))]
+    table = {key: [row[key] for row in rows] for key in rows[0]}
+    table[column] = [{"bytes": Path(clip).read_bytes(), "path": clip} for clip in clips]
+    datasets.Dataset.from_dict(table).to_parquet(str(path))
+    return path
 
 
-AIR_BENCH = {
-    "Spoken_Language_Identification_covost2/1.wav": "",
-    "Audio_Grounding_AudioGrounding/1.flac": "",    # named wav
-    "Music_AQA_music_avqa/1.wav": "",
-    "Foundation_meta.json": json.dumps([
-        air_bench("Spoken_Language_Identification", "covost2"),
-        air_bench("Audio_Grounding", "AudioGrounding"), air_bench("Music_AQA", "music_avqa"),
-        air_bench("Music_AQA", "music_avqa", path="2.wav"),
-        air_bench("vocal_sound_classification", "VocalSound", answer_gt="perhaps")]),
-}
-AIR_BENCH_ROWS = []
-for audio, task, dataset in (
-        ("1.wav", "Spoken_Language_Identification", "covost2"),
-        ("1.flac", "Audio_Grounding", "AudioGrounding"), ("1.wav", "Music_AQA", "music_avqa")):
-    AIR_BENCH_ROWS.append((f"{task}_{dataset}/{audio}", "B. no", {
-        "prompt": "Which?\nA. yes\nB. no\n" + LETTER_ONLY, "choices": ["yes", "no"],
-        "path": "1.wav", "task_name": task, "dataset_name": dataset, "uniq_id": 7}))
+@pytest.mark.parametrize("name, cells, prompt, response, limit, more", BENCHMARKS)
+def test_benchmark_gives_the_prompt_reference_and_limit_of_lmms_eval(
+        tmp_path, name, cells, prompt, response, limit, more):
+    spec = data.BENCHMARKS[name]
+    path = parquet(tmp_path / "x.parquet", cells, cells, column=spec.get("clip", "audio"))
+    source = open_source(f"{name}={path}")
+    row = source[1]
+    assert (row["prompt"], row["response"]) == (prompt, response)
+    assert row | more == row and (row["benchmark"], row["max_new_tokens"]) == (name, limit)
+    assert ("choices" in row) == (row["task"] == "mcq") and row["family"] in data.FAMILIES
+    assert source.lengths.tolist() == [1, 1.5] and not source.skipped and str(path) in source.about
+    assert torch.equal(source.load(0)["wave"], read_audio(str(tmp_path / "0.flac"))[0])
+
+
+def test_benchmark_leaves_out_references_of_tags_alone_and_answers_that_are_no_choice(tmp_path):
+    path = parquet(tmp_path / "x.parquet", *({"gt": gt} for gt in (
+        "YES", "<MUSIC>", "<NOISE> <PERIOD>", "<OTHER> NO")))
+    source = open_source(f"gigaspeech={path}")
+    assert [i for i, _ in source.skipped] == [1, 2] and len(source) == 4
+    path = parquet(tmp_path / "y.parquet", {"answer": "bored"}, column="context")
+    assert "none of the choices" in str(open_source(f"meld={path}").skipped[0][1])
+
+
+def test_benchmark_lies_in_files_or_a_folder_of_save_to_disk(tmp_path):
+    (tmp_path / "hub/en").mkdir(parents=True)
+    for name in ("clean", "other"):
+        parquet(tmp_path / f"hub/en/librispeech_test_{name}-0.parquet", {"gt": "0"}, {"gt": "1"})
+    table = datasets.load_dataset("parquet", data_files=f"{tmp_path}/hub/en/*clean*.parquet")
+    table.save_to_disk(tmp_path / "saved")    # {"train": ..}
+    table["train"].save_to_disk(tmp_path / "one")
+    first = data.fingerprint(open_source(f"librispeech-clean={tmp_path}/hub"))
+    for place in ("hub/en/*clean-0.parquet", "saved", "one"):
+        source = open_source(f"librispeech-clean={tmp_path}/{place}")
+        assert data.fingerprint(source) == first and len(source.load(1)["wave"]) == 24000
+    with pytest.raises(InputError, match="no column 'sentence', but gt"):
+        open_source(f"common_voice={tmp_path}/one")
+    with pytest.raises(InputError, match="2 parquet files and none of the split test_mini"):
+        open_source(f"mmau={tmp_path}/hub")
+
+
+def test_benchmark_is_asked_of_the_hub_in_its_revision_or_read_from_its_makers_folder(
+        monkeypatch, tmp_path):
+    asked = []
+    table = datasets.load_dataset("parquet", data_files=str(
+        parquet(tmp_path / "x.parquet", {"gt": "a", "normalized_text": "a"})), split="train")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: asked.append(
+        (args, more)) or table)
+    for name in ("librispeech-clean", "librispeech-clean@abc123", "voxpopuli"):
+        open_source(name)
+    config = "librispeech_test_clean"
+    assert asked == [
+        *[(("lmms-lab-audio/librispeech", config), {"split": config, "revision": revision})
+          for revision in (None, "abc123")],
+        (("facebook/voxpopuli", None), {"split": "test", "revision": "refs/convert/parquet",
+                                        "data_files": {"test": "en/test/*.parquet"}})]
+
+    iemocap(tmp_path / "full", 5, ["ang", "xxx", "exc"], wav(tmp_path, "a.wav", noise(1.0).numpy()))
+    source = open_source(f"iemocap={tmp_path}/full")
+    assert [row["response"] for row in source] == ["A. angry", "B. happy"]
+    row = source.load(0)
+    assert len(row["wave"]) == 16000 and row["speaker"] == "Ses05F" and row["prompt_is_ours"]
+    assert row["prompt"] == ("Which emotion does the speaker express?\nA. angry\nB. happy\n"
+                             "C. neutral\nD. sad" + LETTER)
+    with pytest.raises(InputError, match="give gtzan=ROOT: gtzan has to lie as ROOT/genres"):
+        open_source("gtzan")
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: corpora
+
+GIGASPEECH = {"audio/1.opus": "", "GigaSpeech.json": json.dumps({"audios": [
+    {"path": "audio/1.opus", "segments": [
+        {"text_tn": text, "begin_time": 1.0, "end_time": 3.5, "subsets": subsets}
+        for text, subsets in (("THEY'RE LEAVING <COMMA> CAN YOU <QUESTIONMARK>", ["{XL}", "{L}"]),
+                              ("<NOISE> <PERIOD>", ["{XL}"]), ("TEST", ["{TEST}"]))]}]})}
 STM = """;; "O" "Overall" "Overall"
 sw_4390 A sw_4390_A 0.00 3.10 <O,sw,M,sw-M> IGNORE_TIME_SEGMENT_IN_SCORING
 sw_4390 A sw_4390_A 3.10 5.35 <O,sw,M,sw-M> (%HESITATION) WELL I (TH-) THINK <B_ASIDE> SO
 sw_4390 B inter_segment_gap 0.00 5.35 <O,sw,F,sw-F>
-en_4156 B en_4156_B 357.64 359.64 <O,en,F,en-F>  HE IS A POLICE OFFICER
 """
-SWITCHBOARD = {"reference/hub5e00.english.000405.stm": STM, "wav/sw_4390-A.wav": "",
-               "wav/sw_4390-B.wav": "", "wav/en_4156-B.wav": ""}
-SWITCHBOARD_ROWS = [
-    ("wav/sw_4390-A.wav", "well i think so",
-     {"start": 3.1, "end": 5.35, "seconds": 2.25, "speaker": "sw_4390_A"}),
-    ("wav/en_4156-B.wav", "he is a police officer",
-     {"start": 357.64, "end": 359.64, "seconds": 2.0, "speaker": "en_4156_B"}),
-]
-MORE_CONVERTERS = [
-    ("switchboard", SWITCHBOARD, None, "asr", SWITCHBOARD_ROWS,
-     "2 left out, 1 not to be scored, 1 empty text"),
-    ("switchboard", SWITCHBOARD, ["callhome"], "asr", SWITCHBOARD_ROWS[1:], "0 left out"),
-    ("audiocaps_qa", {
-        "test/91139.wav": "",
-        "test.csv": "audiocap_id,youtube_id,start_time,caption\n91139,x,1,Rain\n",
-    }, ["test"], "qa", [("test/91139.wav", "Rain", {
-        "prompt": "Answer the question about the audio. What is happening?"})],
-        "0 left out"),
-    ("wavcaps", {
-        "SoundBible_flac/2219.flac": "", "AudioSet_SL_flac/Yb0RFKhbpFJA.flac": "",
-        "json_files/SoundBible/sb_final.json": json.dumps({"num_captions_per_audio": 1, "data": [
-            {"id": "2219", "caption": "An airplane is landing.", "duration": 14.1424375},
-            {"id": "2218", "caption": "A bell.", "duration": 1.5},
-            {"id": "2219", "caption": "Nothing.", "duration": 0.0}]}),
-        "json_files/AudioSet_SL/as_final.json": json.dumps({"data": [
-            {"id": "Yb0RFKhbpFJA.wav", "caption": "Wind.", "duration": 10.0}]}, indent=1),
-    }, ["AudioSet_SL", "SoundBible"], "caption", [
-        ("AudioSet_SL_flac/Yb0RFKhbpFJA.flac", "Wind.", {"seconds": 10.0}),
-        ("SoundBible_flac/2219.flac", "An airplane is landing.", {"seconds": 14.142}),
-    ], "2 left out, 1 no audio file, 1 of 0 s"),
-    ("wavcaps_test", {
-        "clips/0.wav": "", "test.jsonl": json.dumps(
-            {"context": "clips/0.wav", "instruction": "Please {describe} it.", "answer": "Rain."}),
-    }, None, "caption", [("clips/0.wav", "Rain.", {"prompt": "Please {describe} it."})],
-        "0 left out"),
-    ("librisqa_part1", {
-        LIBRISQA: "", "LibriSQA-PartI/LibriSQA-PartI-train.json": json.dumps([
-            LIBRISQA_ROW | {"question": "Who?", "answer": "Tom."}]),
-    }, None, "qa", [(LIBRISQA, "Tom.", {"prompt": "Who?", "seconds": 15.65})], "0 left out"),
-    ("librisqa_part2", {
-        LIBRISQA: "", "LibriSQA-PartII/LibriSQA-PartII-train.json": json.dumps([
-            LIBRISQA_ROW | {"answer": "A", "question_and_option": "Who? A. x B. y C. z D. w"}]),
-    }, None, "mcq", [(LIBRISQA, "A. x", {
-        "prompt": "Who? A. x B. y C. z D. w", "choices": list("xyzw"), "seconds": 15.65})],
-        "0 left out"),
-    ("mmau", {
-        "test-mini-audios/3fe64f3d.wav": "",
-        "mmau-test-mini.json": json.dumps([
-            MMAU, MMAU | {"answer": "Ghost"}, MMAU | {"audio_id": "./gone.wav"},
-            MMAU | {"choices": ["Man"]}, MMAU | {"choices": "[1"}, MMAU | {"question": None}],
-            indent=2),
-    }, None, "mcq", [("test-mini-audios/3fe64f3d.wav", "B. Woman", MMAU_ROW)],
-        "5 left out, 1 with an answer that is none of the choices, 1 no audio file, "
-        "1 with 1 choices, 1 with choices that are no list, 1 empty text"),
-    ("mmar", {
-        "audio/id1.wav": "", "MMAR-meta.json": json.dumps([
-            MMAR, MMAR | {"choices": "['British', 'American']", "answer": " American "}]),
-    }, None, "mcq", [("audio/id1.wav", "B. American", MMAR_ROW)] * 2, "0 left out"),
-    ("mmsu", {
-        "audio/s1.wav": "", "question/mmsu.jsonl":
-            f"{json.dumps(MMSU)}\n{json.dumps(MMSU | {'answer_gt': 'D'})}\n",
-    }, None, "mcq", [("audio/s1.wav", "B. 2", MMSU_ROW), ("audio/s1.wav", "D. four", MMSU_ROW)],
-        "0 left out"),
-    ("air_bench", AIR_BENCH, None, "mcq", AIR_BENCH_ROWS,
-     "2 left out, 1 with an answer that is none of the choices, 1 no audio file"),
-    *[("air_bench", {f"Foundation/{name}": text for name, text in AIR_BENCH.items()}, [split],
-       "mcq", [(f"Foundation/{audio}", response, more)], told)
-      for split, (audio, response, more), told in zip(
-          ("speech", "sound", "music"), AIR_BENCH_ROWS,
-          ("0 left out", "1 left out, 1 with an answer that is none of the choices",
-           "1 left out, 1 no audio file"))],
-    ("alpaca_audio", {
-        "clips/0.wav": "", "test.jsonl": json.dumps(
-            {"context": "clips/0.wav", "instruction": "Obey.", "speech_instruction": "Name {one}.",
-             "answer": "Mars."}),
-    }, None, "spoken_instruction", [("clips/0.wav", "Mars.", {
-        "prompt": "Please give a detail answer to the question in the audio.",
-        "question": "Name {one}."})], "0 left out"),
-    ("gsqa", {
-        "0.wav": "", "train.jsonl": json.dumps(
-            {"instruction": "Name a", "input": "planet", "output": "Mars.", "input_audio": "0.wav",
-             "speech_input": "Name a planet."}),
-    }, None, "spoken_instruction", [("0.wav", "Mars.", {"question": "Name a planet."})],
-        "0 left out"),
+MS98 = """sw2001A-ms98-a-0001 0.000000 0.977625 [silence]
+sw2001A-ms98-a-0002 1.0 3.5 hi [laughter-i'd] like {coined} the[_1] th[e]- [noise] [splace/space] a_1
+"""
+SEGMENT = {"start": 1.0, "end": 3.5, "seconds": 2.5}
+LIBRISQA = "LibriSpeech/train-clean-360/100/121669/100-121669-0000.flac"
+LIBRISQA_ITEMS = [{"speech_path": "x/100-121669-0000.wav", "duration": 15.65, "answer": "B",
+                   "question_and_option": text} for text in (
+    "Who is A. Tom?\nA. A son B. A king\nC) None D: All of the above", "What?")]
+CORPORA = [    # name; files as its makers lay them out; [(audio, response, further keys)]; what is told
+    ("librispeech", {"train-clean-100/84/1/84-1-0000.flac": "", "train-clean-100/84/1/84-1.trans.txt":
+                     "84-1-0000 GO DO YOU HEAR\n84-1-0002 GONE\n"},
+     [("train-clean-100/84/1/84-1-0000.flac", "go do you hear", {})],
+     "1 left out, 1 no audio file"),
+    ("common_voice", {"clips/1.mp3": "", "clips/2.mp3": "", "train.tsv":
+                      'path\tsentence\tlocale\n1.mp3\t"Well, é," he said.\tde\n2.mp3\t \tde\n'},
+     [("clips/1.mp3", '"Well, é," he said.', {"language": "de"})], "1 left out, 1 empty text"),
+    ("gigaspeech", GIGASPEECH, [("audio/1.opus", "they're leaving, can you?", SEGMENT)],
+     "2 left out, 1 empty text, 1 with another subsets"),
+    ("switchboard", {"swb_ms98_transcriptions/20/2001/sw2001A-ms98-a-trans.text": MS98,
+                     "wav/sw02001-A.wav": ""},
+     [("wav/sw02001-A.wav", "hi i'd like coined space a", SEGMENT | {"speaker": "2001A"})],
+     "1 left out, 1 empty text"),
+    ("eval2000", {"reference/hub5e00.english.000405.stm": STM, "wav/sw_4390-A.wav": "",
+                  "wav/sw_4390-B.wav": ""},
+     [("wav/sw_4390-A.wav", "well i think so", {"start": 3.1, "end": 5.35, "seconds": 2.25,
+                                                "speaker": "sw_4390_A"})],
+     "1 left out, 1 empty text"),
+    ("clotho", {"development/Señal 1.wav": "", "clotho_captions_development.csv":
+                "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+                'Señal 1.wav,"One, two.",Two.,Three.,Four.,Five.\n'.encode("latin-1")},
+     [("development/Señal 1.wav", text, {}) for text in (
+         "One, two.", "Two.", "Three.", "Four.", "Five.")], "0 left out"),
+    ("librisqa_part2", {LIBRISQA: "", "LibriSQA-PartII/LibriSQA-PartII-train.json":
+                        json.dumps(LIBRISQA_ITEMS)},
+     [(LIBRISQA, "B. A king", {
+         "prompt": "Who is A. Tom? A. A son B. A king C. None D. All of the above",
+         "choices": ["A son", "A king", "None", "All of the above"], "seconds": 15.65})],
+     "1 left out, 1 with another question_and_option"),
+    ("gsqa", {"0.wav": "", "train.jsonl": json.dumps(
+        {"output": "Mars.", "input_audio": "0.wav", "speech_input": "Name a planet."})},
+     [("0.wav", "Mars.", {"question": "Name a planet."})], "0 left out"),
+    ("wildjailbreak", {"train/train.tsv": "vanilla\tadversarial\tcompletion\n"
+                       'How do I kill a process?\t\t"Use ""kill"".\nThen wait."\n'
+                       "plain\tImagine {x}\tNo.\n"},
+     [(None, 'Use "kill".\nThen wait.', {"prompt": "How do I kill a process?"}),
+      (None, "No.", {"prompt": "Imagine {x}"})], "0 left out"),
 ]
 
 
-CONVERTERS += MORE_CONVERTERS
-
-
-# --------------------------------------------------------------------------------------------------
-# data.py: tones
-
-def test_semitones_are_a_source_by_name_alone():
-    assert {row["task"] for row in map(open_source("tones::7").load, range(42))} == set(
-        data.TONES) - {"semitone"}
-    row = open_source("tones:semitone").load(0)
-    assert row["prompt"] == "Which pitch class?" and len(row["choices"]) == 12
-    for answer in row["choices"]:    # "C" is no "C#", and "B" is no letter
-        assert infer.parse_choice(answer, row["choices"]) == answer
-
-
-# --------------------------------------------------------------------------------------------------
-# data.py: mixtures
-
-def test_group_may_draw_its_sources_by_size(mixture, tmp_path):
-    text = MIXTURE.replace('"share": 3,', '"share": 3, "draw": "by size",')
-    source = Mixture(write(tmp_path / "by_size.json", text))
-    # 500 : 40 rows of 60 and of 300, then the second at its cap of 80 and the first of 3560 - 80
-    assert source.counts(120).tolist() == [56, 4, 40, 20]
-    assert source.counts(600).tolist() == [278, 22, 200, 100]
-    assert source.counts(3560).tolist() == mixture.counts(3560).tolist()
-    assert "\n".join(source.report(600)).count("\n") == "\n".join(mixture.report(600)).count("\n")
-    uniform = MIXTURE.replace('"share": 3,', '"share": 3, "draw": "uniform",')
-    again = Mixture(write(tmp_path / "uniform.json", uniform))
-    assert np.array_equal(again.draw(600, 3, 1), mixture.draw(600, 3, 1))
-
-
-def test_group_by_size_without_a_usable_row_leaves_its_share(mixture, tmp_path):
-    jsonl(tmp_path / "c.jsonl", 1, audio="none.wav", seconds=None)
-    text = MIXTURE.replace('"share"', '"draw": "by size", "share"')
-    source = Mixture(write(tmp_path / "by_size.json", text))
-    assert source.counts(240).tolist() == [167, 13, 0, 60]
-
-
-@pytest.mark.parametrize("draw", ['"alike"', "[]", "null", "1"])
-def test_unknown_draw_is_refused_in_one_line(mixture, tmp_path, draw):
-    bad = write(tmp_path / "bad.json", MIXTURE.replace('"share": 2', f'"share": 2, "draw": {draw}'))
-    with pytest.raises(InputError, match='"draw" of caption is neither') as error:
-        Mixture(bad)
-    assert "\n" not in str(error.value)
-
-
-# --------------------------------------------------------------------------------------------------
-# data.py: converters
-
-@pytest.mark.parametrize("name, files, splits, task, wanted, told", CONVERTERS)
-def test_converter_reads_the_layout_of_its_corpus(
-        tmp_path, capsys, name, files, splits, task, wanted, told):
-    root = tmp_path / "corpus"
+@pytest.mark.parametrize("name, files, wanted, told", CORPORA)
+def test_corpus_is_read_as_its_makers_lay_it_out(tmp_path, capsys, name, files, wanted, told):
+    root = tmp_path / "cor[p]us"
     lay_out(root, files)
-    rows, counts = convert(capsys, name, root, splits)
+    rows, counts = convert(capsys, name, root, data.CORPORA[name]["splits"][:1])
     for row, (audio, response, more) in zip(rows, wanted, strict=True):
-        question = more.get("prompt", "")
-        prompts = [wording.format(question).strip() for wording in data.WORDINGS[row["task"]]]
-        assert row["prompt"] in [*prompts, question]
-        audio = audio and str(root / audio)
-        want = {"audio": audio, "response": response, "task": task} | more
-        assert row == want | {"prompt": row["prompt"]}
+        want = {"audio": audio and str(root / audio), "response": response} | more
+        assert row["prompt"] in [more.get("prompt"), *data.WORDINGS[row["task"]]]
+        assert row == want | {key: row[key] for key in ("prompt", "task")}
     assert counts == f"{name}: {len(wanted)} rows, {told}"
 
 
@@ -1501,291 +1367,64 @@ def assert_choices(rows, answers, choices):
         assert sorted(row["choices"]) == sorted(choices)
         assert row["response"] == lettered[row["choices"].index(answer)]
         assert row["prompt"].endswith(("? " + " ".join(lettered), "voice. " + " ".join(lettered)))
-        assert row["task"] == "mcq"
 
 
-@pytest.mark.parametrize("given, choices", [
-    (["a", None, ""], ["a"]), ([1, 2.5], ["1", "2.5"]), ("a| b |c", ["a", "b", "c"]),
-    ('["a", "b"]', ["a", "b"]), ("['it\\'s', 'b']", ["it's", "b"]),
-    (["A. yes", "B. no"], ["yes", "no"]), (["(A) yes", "(B) no"], ["yes", "no"]),
-    ({"A": "yes", "B": "no", "C": None}, ["yes", "no"]), (["A. yes", "C. no"], ["A. yes", "C. no"]),
-    (["A.M.", "P.M."], ["A.M.", "P.M."]), (["A: x", "B: y", None], ["x", "y"])])
-def test_choices_are_read_however_they_are_written(given, choices):
-    assert data.read_choices(given) == choices
-
-
-@pytest.mark.parametrize("given, words", [
-    ("[1", "no list"), (["a", "", "b"], "empty choice"), (["A. x", "B.", "C. y"], "empty choice")])
-def test_choices_that_cannot_be_read_leave_the_row_out(given, words):
-    with pytest.raises(data.LeftOut, match=words):
-        data.read_choices(given)
-
-
-@pytest.mark.parametrize("answer, number", [
-    ("no", 1), ("No", 1), ("B", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("B. no", 1), ("(b) No", 1),
-    ("0", 0), ("2", 2), ("3", None), ("D", None), ("B. yes", None), ("none", None), ("", None)])
-def test_answer_is_a_text_a_letter_or_an_index(answer, number):
-    assert data.find_choice(answer, ["yes", "no", "perhaps"]) == number
-
-
-def test_text_of_a_choice_goes_before_letters_and_indices():
-    assert data.find_choice("1", ["2", "1", "0"]) == 1
-    assert data.find_choice("A", ["C", "B", "A"]) == 2
-
-
-@pytest.mark.parametrize("name", ["t.csv", "t.json", "t.jsonl"])
-def test_any_table_may_have_choices_and_keep_columns(tmp_path, capsys, name):
-    items = [{"file": "1.wav", "q": "Why?", "a": "1", "c": "x|y", "id": "7"},
-             {"file": "1.wav", "q": "Who?", "a": "z", "c": "['x', 'y']", "id": "8"},
-             {"file": "1.wav", "q": "", "a": "x", "c": "x|y", "id": "9"}]
-    text = json.dumps(items) if name == "t.json" else "\n".join(map(json.dumps, items))
-    if name == "t.csv":
-        text = "\n".join([",".join(items[0]),
-                          *(",".join(f'"{cell}"' for cell in item.values()) for item in items)])
-    lay_out(tmp_path / "t", {"1.wav": "", name: text})
-    generic = "csv" if name == "t.csv" else "json"
-    rows, counts = convert(capsys, generic, tmp_path / "t" / name, audio="file", prompt="q",
-                           response="a", choices="c", keep=["id", "a"])
-    assert rows == [{"audio": str(tmp_path / "t/1.wav"), "prompt": "Why? A. x B. y", "id": "7",
-                     "response": "B. y", "task": "mcq", "choices": ["x", "y"], "a": "1"}]
-    assert counts == (f"{generic}: 1 rows, 2 left out, 1 with an answer that is none of the "
-                      "choices, 1 empty text")
-    with pytest.raises(InputError, match="'speaker' in"):
-        convert(capsys, generic, tmp_path / "t" / name, prompt="q", response="a", keep=["speaker"])
-
-
-def test_choices_of_a_table_need_its_questions(table, capsys):
-    with pytest.raises(InputError, match="--choices needs --prompt"):
-        convert(capsys, "csv", table, choices="q", response="a")
-
-
-@pytest.mark.parametrize("name", ["mmar", "mmsu", "gtzan", "muchomusic", "csv"])
-def test_split_of_what_has_none_is_refused(table, capsys, name):
-    with pytest.raises(InputError, match=f"{name} has no splits"):
-        convert(capsys, name, table, ["test"], response="a", prompt="q")
-
-
-def test_vocal_sounds_and_genres_are_asked_by_our_wordings(tmp_path, capsys):
-    names = ["f0003_0_throatclearing", "m0004_1_cough", "f0005_0_sigh"]
-    data_file = {"data": [{"wav": f"/data/sls/x/{name}.wav", "labels": "/m/x"} for name in names]}
-    lay_out(tmp_path / "vs", {"datafiles/te.json": json.dumps(data_file, indent=1),
-                              f"audio_44k/{names[0]}.wav": "", f"audio_16k/{names[1]}.wav": ""})
-    rows, counts = convert(capsys, "vocalsound", tmp_path / "vs")
-    assert_choices(rows, ["throat clearing", "cough"],
-                   ["laughter", "sigh", "cough", "throat clearing", "sneeze", "sniff"])
-    assert [row["speaker"] for row in rows] == ["f0003", "m0004"]
-    assert counts == "vocalsound: 2 rows, 1 left out, 1 no audio file"
-
-    for folder in ("genres", "genres_original"):
-        lay_out(tmp_path / folder, {f"{folder}/rock/rock.00000.wav": "",
-                                    f"{folder}/blues/blues.00001.au": ""})
-        rows, counts = convert(capsys, "gtzan", tmp_path / folder)
-        assert len(rows[0]["choices"]) == 10
-        assert_choices(rows, ["blues", "rock"], rows[0]["choices"])
-
-
-def test_iemocap_names_speaker_and_dialog_and_may_be_asked_without_choices(tmp_path, capsys):
-    iemocap(tmp_path / "full", 1, ["neu", "exc", "xxx"])
-    rows, _ = convert(capsys, "iemocap", tmp_path / "full")
-    assert {(row["speaker"], row["recording"]) for row in rows} == {("Ses01F", "Ses01F_impro01")}
-    open_rows, counts = convert(capsys, "iemocap_qa", tmp_path / "full")
-    assert [row["response"] for row in open_rows] == ["neutral", "happy"]
-    for row in open_rows:
-        assert row["prompt"] in data.WORDINGS["emotion"]
-        assert row["task"] == "qa" and "choices" not in row and row["speaker"] == "Ses01F"
-    assert counts == "iemocap_qa: 2 rows, 1 left out, 1 of emotion xxx"
-
-
-MUCHOMUSIC_HEADER = ("question,dataset,dataset_identifier,correct_answer,distractor_1_answer,"
-                     "distractor_2_answer,distractor_3_answer,genre,music_knowledge,"
-                     "music_reasoning\n")
-
-
-def test_muchomusic_is_found_and_mixed_and_names_instrument_families(tmp_path, capsys):
-    clip = "data/musiccaps/audio/[-0Gj8-vB1q4]-[30-40].wav"
-    lines = [
-        "What plays?,sdd,415600.json,A distorted guitar,Drums,A flute,Silence,Rock,"
-        "\"['instrumentation', 'performance']\",[]\n",
-        "What plays?,musiccaps,-0Gj8-vB1q4_3.json,Guitar and drums,a,b,c,,['instrumentation'],\n",
-        "Which mood?,musiccaps,-0Gj8-vB1q4_3.json,A violin,a,b,c,,[],['mood and expression']\n",
-        "What?,sdd,7.json,a,b,c,d,,[],[]\n"]
-    lay_out(tmp_path / "m", {"data/muchomusic.csv": MUCHOMUSIC_HEADER + "".join(lines), clip: "",
-                             "data/sdd/audio/00/415600.2min.mp3": ""})
-    rows, counts = convert(capsys, "muchomusic", tmp_path / "m")
-    assert [row.get("instrument_family") for row in rows] == ["plucked strings", None, None]
-    assert rows[0]["audio"] == str(tmp_path / "m/data/sdd/audio/00/415600.2min.mp3")
-    assert rows[1]["audio"] == str(tmp_path / "m" / clip)
-    assert sorted(rows[0]["choices"]) == ["A distorted guitar", "A flute", "Drums", "Silence"]
-    assert rows[0]["genre"] == "Rock" and rows[0]["dataset"] == "sdd"
-    letter = "ABCD"[rows[0]["choices"].index("A distorted guitar")]
-    assert rows[0]["response"] == f"{letter}. A distorted guitar"
-    lettered = [f"{mark}. {choice}" for mark, choice in zip("ABCD", rows[0]["choices"])]
-    assert rows[0]["prompt"] == "\n".join(["What plays?", *lettered]) + LETTER_ONLY
-    assert counts == "muchomusic: 3 rows, 1 left out, 1 no audio file"
-
-
-def test_right_answers_of_muchomusic_are_at_every_letter(tmp_path, capsys):
-    lines = [f"What {i}?,sdd,100.json,right,b,c,d,,[],[]\n" for i in range(200)]
-    lay_out(tmp_path / "m", {"data/muchomusic.csv": MUCHOMUSIC_HEADER + "".join(lines),
-                             "data/sdd/audio/00/100.2min.mp3": ""})
-    rows, _ = convert(capsys, "muchomusic", tmp_path / "m")
-    letters = [row["response"][0] for row in rows]
-    assert all(30 < letters.count(letter) < 70 for letter in "ABCD")
-
-
-def test_pitch_class_is_the_one_with_most_notes(tmp_path, capsys):
-    folder = tmp_path / "t"
-    folder.mkdir()
-    t = np.arange(32000) / 16000
-    for name, hz in (("a.wav", 440), ("fis.wav", 185), ("low_c.wav", 65.4)):
-        tone = sum(np.sin(2 * np.pi * k * hz * t) / k for k in (1, 2, 3))
-        wav(folder, name, 0.2 * tone)
-    wav(folder, "silent.wav", np.zeros(16000))
-    write(folder / "broken.wav", "no sound")
-    names = ["a.wav", "fis.wav", "low_c.wav", "silent.wav", "broken.wav"]
-    write(folder / "t.csv", "file,a\n" + "".join(f"{name},x\n" for name in names))
-    rows, counts = convert(capsys, "csv", folder / "t.csv", audio="file", response="a",
-                           task="asr", pitch_class=True)
-    assert [row["pitch_class"] for row in rows] == ["A", "F#", "C", None]
-    assert counts == ("csv: 4 rows, 1 left out, 1 with a clip that cannot be used; "
-                      "1 without a note")
-
-
-def conversation(*texts, roles=("user", "assistant"), **more):
-    turns = [{"role": role, "content": text} for role, text in zip(roles, texts)]
-    return {"messages": turns} | more
-
-
-def sharegpt(*texts, **more):
-    turns = [{"from": who, "value": text} for who, text in zip(("human", "gpt"), texts)]
-    return {"conversations": turns} | more
-
-
-AUDIO_PART = {"type": "audio", "path": "1.wav"}
-TEXT_PART = {"type": "text", "text": "Why?"}
-
-
-@pytest.mark.parametrize("item", [    # each asks Why? of 1.wav, and the answer is x
-    conversation("<audio>Why?", "x", audios=["1.wav"]), conversation("Why? <audio>", "x",
-                                                                     audio="1.wav"),
-    conversation([AUDIO_PART, TEXT_PART], "x"),
-    conversation([TEXT_PART, {"type": "audio", "audio_url": "1.wav"}], [TEXT_PART | {"text": "x"}]),
-    conversation([{"type": "audio"}, TEXT_PART], "x", audios=["1.wav"]),
-    sharegpt("<audio>Why?", "x", audios=["1.wav"]),
-    {"query": "<audio>Why?", "response": "x", "audios": ["1.wav"], "history": []},
-    {"instruction": "<audio>", "input": "Why?", "output": "x", "audios": ["1.wav"]},
-    {"instruction": "Why?", "input": "", "output": "x", "audios": ["1.wav"]}])
-def test_conversations_of_other_projects_become_rows(tmp_path, capsys, item):
-    items = [item, conversation("Say yes.", "Yes.")]
-    lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
-    rows, counts = convert(capsys, "messages", tmp_path / "t/t.jsonl")
-    assert rows == [
-        {"audio": str(tmp_path / "t/1.wav"), "prompt": "Why?", "response": "x", "task": "qa"},
-        {"audio": None, "prompt": "Say yes.", "response": "Yes.", "task": "qa"}]
-    assert counts == "messages: 2 rows, 0 left out"
-
-
-@pytest.mark.parametrize("item, reason", [
-    (conversation("<audio>Why?", "x", audios=["1.wav", "1.wav"]), "with several clips"),
-    (conversation([AUDIO_PART, AUDIO_PART], "x"), "with several clips"),
-    (conversation("<audio>Why?", "x"), "with <audio> but no clip"),
-    (conversation("<audio>Why?", "x", audios=["2.wav"]), "no audio file"),
-    (conversation([{"type": "audio", "url": "https://x/1.wav"}], "x"), "no audio file"),
-    (conversation("Why?", "x", audio={"array": [0]}), "with audio that is no path"),
-    (conversation([{"type": "image", "path": "1.png"}], "x"),
-     "with parts that are neither text nor audio"),
-    *[(item, "not of one question and one answer") for item in (
-        conversation("Be kind.", "Why?", roles=("system", "user")), conversation(None, "x"),
-        conversation("Why?", "x") | {"system": "Be kind."}, {"messages": "Why?"},
-        {"messages": ["Why?"]}, sharegpt("Why?"), {"instruction": 1, "output": 2},
-        {"query": "Why?", "response": "x", "history": [["a", "b"]]})]])
-def test_conversations_that_are_no_row_are_left_out_and_counted(tmp_path, capsys, item, reason):
-    items = [item, conversation("Say yes.", "Yes.")]
-    lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
-    rows, counts = convert(capsys, "messages", tmp_path / "t/t.jsonl")
-    assert len(rows) == 1 and counts == f"messages: 1 rows, 1 left out, 1 {reason}"
-
-
-# --------------------------------------------------------------------------------------------------
-# What goes wrong: data
-
-@pytest.mark.parametrize("row", [
-    conversation("Why?", "x", audios=["1.wav"]), {"conversations": [], "audios": []},
-    {"query": "Why?", "response": "x"}, {"instruction": "Why?", "input": "", "output": "x"}])
-def test_manifest_of_another_project_is_refused_with_the_keys_it_needs(tmp_path, row):
-    path = write_lines(tmp_path / "rows.jsonl", [row])
-    keys = ", ".join(sorted(row.keys() - {"response", "input"}))
-    words = f'line 1: no "prompt" but {keys}; a row has "audio", "prompt", "response"'
-    with pytest.raises(InputError, match=re.escape(words)) as error:
-        Manifest(path)
-    assert "convert messages FILE" in str(error.value) and "\n" not in str(error.value)
-
-
-# --------------------------------------------------------------------------------------------------
-# Harness: files, rows, corpora
-
-def convert(capsys, name, root, split=None, **flags):
-    """[rows] and the line with the counts. What is written is read as a manifest, too."""
-    flags = {"audio": None, "prompt": None, "response": "response", "task": "qa", "choices": None,
-             "keep": [], "pitch_class": False} | flags
-    capsys.readouterr()
-    data.listing.cache_clear()    # files have come since the last conversion
-    data.convert(SimpleNamespace(name=name, root=str(root), split=split, **flags))
-    out, counts = capsys.readouterr()
-    if out:
-        Manifest(write(root.parent / "converted.jsonl", out))
-    return [json.loads(line) for line in out.splitlines()], counts.strip()
-
-
-def test_librispeech_is_found_in_the_folder_above(tmp_path, capsys):
-    name, files, splits, *_ = CONVERTERS[0]
-    lay_out(tmp_path / "LibriSpeech", files)
-    below = convert(capsys, name, tmp_path / "LibriSpeech", splits)
-    assert convert(capsys, name, tmp_path, splits) == below
-
-
-def test_iemocap_has_four_emotions(tmp_path, capsys):
-    iemocap(tmp_path / "full", 1, ["neu", "exc", "xxx", "fru"])
+def test_emotions_and_genres_are_letters_balanced_and_always_the_same(tmp_path, capsys):
+    iemocap(tmp_path / "full", 1, ["neu", "exc", "xxx", "fru", *["hap"] * 400])
     rows, counts = convert(capsys, "iemocap", tmp_path / "full")
-    assert_choices(rows, ["neutral", "happy"], ["angry", "happy", "sad", "neutral"])
-    assert [row["seconds"] for row in rows] == [1.946, 1.946]
-    place = "Session1/sentences/wav/Ses01F_impro01/Ses01F_impro01_F000.wav"
-    assert rows[0]["audio"] == str(tmp_path / "full" / place)
-    assert counts == "iemocap: 2 rows, 2 left out, 1 of emotion xxx, 1 of emotion fru"
-
-
-def test_session_5_of_iemocap_is_the_test(tmp_path, capsys):
-    iemocap(tmp_path / "full", 1, ["neu"])
-    iemocap(tmp_path / "full", 5, ["ang"])
-    rows, _ = convert(capsys, "iemocap", tmp_path / "full", ["test"])
-    assert_choices(rows, ["angry"], ["angry", "happy", "sad", "neutral"])
-
-
-def test_letters_of_emotions_are_balanced_and_always_the_same(tmp_path, capsys):
-    iemocap(tmp_path / "full", 1, ["hap"] * 400)
-    rows, _ = convert(capsys, "iemocap", tmp_path / "full")
+    assert_choices(rows, ["neutral", *["happy"] * 401], ["angry", "happy", "sad", "neutral"])
     letters = [row["response"][0] for row in rows]
-    assert len(letters) == 400
     assert all(70 < letters.count(letter) < 130 for letter in "ABCD")
     assert {row["prompt"].split(" A. ")[0] for row in rows} == set(data.WORDINGS["emotion"])
     assert convert(capsys, "iemocap", tmp_path / "full")[0] == rows
+    assert {(row["speaker"], row["recording"]) for row in rows} == {("Ses01F", "Ses01F_impro01")}
+    open_rows, _ = convert(capsys, "iemocap_qa", tmp_path / "full")
+    assert open_rows[0]["response"] == "neutral" and "choices" not in open_rows[0]
+    lay_out(tmp_path / "g", {f"genres/{name}": "" for name in ("rock/0.wav", "rock/x.mf", "pop/1.au")})
+    rows, _ = convert(capsys, "gtzan", tmp_path / "g")
+    assert_choices(rows, ["pop", "rock"], data.BENCHMARKS["gtzan"]["options"])
 
 
-@pytest.mark.parametrize("place", ["", "train/"])
-def test_meld_wants_the_sound_of_its_videos(tmp_path, capsys, place):
-    root = tmp_path / "MELD.Raw"
-    header = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID\n"
-    text = header + '1,"So, it\x92s",Joey,surprise,positive,0,3\n2,No,Ross,joy,positive,1,0\n'
-    lay_out(root, {f"{place}train_sent_emo.csv": text.encode("latin-1"),
-                   f"{place}train_splits/dia0_utt3.mp4": ""})
-    with pytest.raises(InputError, match="no rows in .*ffmpeg -i"):
-        convert(capsys, "meld", root)
-    lay_out(root, {f"{place}train_splits/dia0_utt3.wav": ""})
-    rows, counts = convert(capsys, "meld", root)
-    emotions = ["neutral", "joy", "sadness", "anger", "surprise", "fear", "disgust"]
-    assert_choices(rows, ["surprise"], emotions)
-    assert rows[0]["audio"].endswith("train_splits/dia0_utt3.wav")
-    assert counts.endswith("1 left out, 1 no audio file")
+@pytest.mark.parametrize("place, split", [("train_splits", "train"), ("dev_splits_complete", "dev"),
+                                          ("output_repeated_splits_test", "test")])
+def test_meld_wants_the_sound_of_its_videos(tmp_path, capsys, place, split):
+    text = "Speaker,Emotion,Dialogue_ID,Utterance_ID\nJoey\x92s,surprise,0,3\n".encode("latin-1")
+    lay_out(tmp_path / "m", {f"{split}_sent_emo.csv": text, f"{place}/dia0_utt3.mp4": ""})
+    with pytest.raises(InputError, match="no rows in"):
+        convert(capsys, "meld", tmp_path / "m", [split])
+    lay_out(tmp_path / "m", {f"{place}/dia0_utt3.wav": ""})
+    rows, _ = convert(capsys, "meld", tmp_path / "m", [split])
+    assert_choices(rows, ["surprise"], data.BENCHMARKS["meld"]["options"])
+
+
+@pytest.mark.parametrize("name", list(data.CORPORA))
+def test_missing_layout_is_one_line_that_says_what_is_expected(tmp_path, capsys, name):
+    with pytest.raises(InputError, match=f"no file .*; {name} has to lie as ROOT/"):
+        convert(capsys, name, tmp_path, ["nonsense"])
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: tables, data sets and conversations of one's own
+
+@pytest.mark.parametrize("given, choices", [
+    (["a", "b", None, ""], ["a", "b"]), ([1, 2.5], ["1", "2.5"]), ("a| b |c", ["a", "b", "c"]),
+    ("['it\\'s', \"b\"]", ["it's", "b"]), ("(A) x\n(B) y", ["x", "y"]),
+    ("(A) x (B) y", ["x", "y"]), (["A.M.", "P.M."], None),
+    (["A. yes", "B. no"], ["yes", "no"]), (["A. yes", "C. no"], ["A. yes", "C. no"])])
+def test_choices_are_read_however_they_are_written(given, choices):
+    assert data.read_choices(given) == (choices or given)
+    for bad in ("[1", ["a", "", "b"], ["A. x", "B.", "C. y"], ["a"], "", None):
+        with pytest.raises(data.LeftOut):
+            data.read_choices(bad)
+
+
+@pytest.mark.parametrize("answer, number", [
+    ("No", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("(b) No", 1), ("0", 0), ("2", 2), ("3", None),
+    ("D", None), ("B. yes", None), ("none", None), ("", None)])
+def test_answer_is_a_text_a_letter_or_an_index(answer, number):
+    assert data.find_choice(answer, ["yes", "no", "perhaps"]) == number
+    assert data.find_choice("1", ["2", "1", "0"]) == 1    # texts go before letters and numbers
+    assert data.find_choice("(A) x", ["C", "B", "A"], by_letter=True) == 0
 
 
 @pytest.fixture
@@ -1795,75 +1434,136 @@ def table(tmp_path):
     return tmp_path / "t" / "my.tsv"
 
 
-def test_any_table_is_read_by_the_names_of_its_columns(table, capsys):
-    rows, counts = convert(capsys, "csv", table, audio="file name", prompt="q", response="a",
-                           task="music")
-    audio = str(table.parent / "x/1.wav")
-    assert rows == [{"audio": audio, "prompt": "Why?", "response": "Because", "task": "music"}]
-    assert counts == "csv: 1 rows, 1 left out, 1 no audio file"
+@pytest.mark.parametrize("flags, prompt, response", [
+    ({"audio": "file name", "prompt": "q", "response": "a"}, "Why?", "Because"),
+    ({"audio": "file name", "question": "What is it?", "response": "a"}, "What is it?", "Because"),
+    ({"audio": "file name", "question": "Is it {a}?", "response": "id"}, "Is it Because?", "1"),
+    ({"audio": "file name", "task": "caption", "response": "a"}, None, "Because"),
+    ({"prompt": "q", "response": "a", "task": "text"}, "Why?", "Because")])
+def test_any_table_is_read_by_the_names_of_its_columns(table, capsys, flags, prompt, response):
+    rows, _ = convert(capsys, "csv", table, **flags)
+    audio = str(table.parent / "x/1.wav") if "audio" in flags else None
+    assert rows[0] == {"audio": audio, "prompt": prompt or rows[0]["prompt"], "response": response,
+                       "task": flags.get("task", "qa")}
+    assert rows[0]["prompt"] in ([prompt] if prompt else data.WORDINGS["caption"])
+    assert len(rows) == (1 if audio else 2)
 
 
-def test_table_without_prompts_gets_those_of_the_task(table, capsys):
-    rows, _ = convert(capsys, "csv", table, audio="file name", response="a", task="caption")
-    assert rows[0]["prompt"] in data.WORDINGS["caption"]
-
-
-def test_table_without_audio_is_text(table, capsys):
-    rows, _ = convert(capsys, "csv", table, prompt="q", response="a", task="text")
-    assert rows[1] == {"audio": None, "prompt": "Who?", "response": "Me", "task": "text"}
-
-
-def test_columns_of_a_table_are_taken_by_their_literal_names(tmp_path, capsys):
+def test_columns_are_taken_by_their_literal_names_choices_and_further_keys_too(tmp_path, capsys):
     lay_out(tmp_path / "t", {"1.wav": "", "2.wav": "", "t.csv": (
-        "wav,wav.path,a[0],{q},a,wave\n1.wav,2.wav,zero,Why?,abc,9\n")})
+        "wav,wav.path,a[0],{q},c,wave\n1.wav,2.wav,1,Why?,x|y,9\n1.wav,2.wav,z,Why?,x|y,9\n")})
     rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv", audio="wav.path", prompt="{q}",
-                           response="a[0]", keep=["a", "wave"])
-    assert rows == [{"audio": str(tmp_path / "t/2.wav"), "prompt": "Why?", "response": "zero",
-                     "task": "qa", "a": "abc", "wave_": "9"}]
-    assert counts == "csv: 1 rows, 0 left out"
+                           response="a[0]", choices="c", keep=["c", "wave"])
+    assert rows == [{"audio": str(tmp_path / "t/2.wav"), "prompt": "Why? A. x B. y", "c": "x|y",
+                     "response": "B. y", "task": "mcq", "choices": ["x", "y"], "wave_": "9"}]
+    assert counts == "csv: 1 rows, 1 left out, 1 with an answer that is none of the choices"
 
 
-@pytest.mark.parametrize("flags", [{}, {"audio": "file"}, {"task": "asr"}, {"task": "text"},
-                                   {"audio": "file", "task": "mcq"}])
-def test_table_that_would_give_no_prompt_is_refused(tmp_path, capsys, flags):
-    lay_out(tmp_path / "t", {"1.wav": "", "t.csv": "file,a\n1.wav,x\n"})
-    with pytest.raises(InputError, match="give --prompt, the column with the questions; or"):
-        convert(capsys, "csv", tmp_path / "t/t.csv", response="a", **flags)
+@pytest.mark.parametrize("flags", [{}, {"audio": "file name"}, {"task": "asr"},
+                                   {"audio": "file name", "task": "asr", "choices": "q"}])
+def test_table_that_would_give_no_prompt_is_refused(table, capsys, flags):
+    with pytest.raises(InputError, match="give --prompt COLUMN or --question"):
+        convert(capsys, "csv", table, response="a", **flags)
+    with pytest.raises(InputError, match="no column 'wrong'"):
+        convert(capsys, "csv", table, prompt="q", response="wrong")
 
 
-def test_rows_that_are_no_texts_are_left_out_and_counted(tmp_path, capsys):
-    lay_out(tmp_path / "t", {"t.csv": 'q,a\nWhy?,Hello, world\nWhy?,"Hello, world"\n'})
-    rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv", prompt="q", response="a")
+def test_columns_of_the_usual_names_need_no_flag_and_what_is_no_text_is_counted(tmp_path, capsys):
+    lay_out(tmp_path / "t", {"t.csv": 'prompt,response\nWhy?,Hello, world\nWhy?,"Hello, world"\n'})
+    rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv")
     assert [row["response"] for row in rows] == ["Hello, world"]
-    assert counts == ("csv: 1 rows, 1 left out, 1 with more cells than columns (quote text with "
-                      "commas)")
-    items = [{"q": "?", "a": a} for a in (["x"], {"b": "c"}, 3, "\ud800", "long " * 30000)]
+    assert "1 left out, 1 with more cells than columns" in counts
+    items = [{"prompt": "?", "response": a} for a in (["x"], {"b": "c"}, 3, "\ud800")]
     write_lines(tmp_path / "t/t.jsonl", items)
-    rows, counts = convert(capsys, "json", tmp_path / "t/t.jsonl", prompt="q", response="a")
+    rows, counts = convert(capsys, "json", tmp_path / "t/t.jsonl")
     assert [row["response"] for row in rows] == ["3"]
-    assert "2 with a list or an object where a text belongs" in counts
-    assert "1 with half a character" in counts
-    assert "1 that training would refuse: more than 100000 bytes" in counts
+    assert "2 with no text where one belongs" in counts and "surrogates" in counts
 
 
-@pytest.mark.parametrize("name", ["csv", "json", "messages"])
-@pytest.mark.parametrize("path", [".", "/dev/full", "none.csv"])
-def test_table_that_is_no_file_is_refused(capsys, name, path):
-    with pytest.raises(InputError, match=f"no file '{re.escape(path)}'"):
-        convert(capsys, name, Path(path), prompt="q")
+@pytest.mark.parametrize("there, named, found", [
+    (["one.wav", "one.flac"], "one.flac", "one.flac"), (["one.WAV"], "one", "one.WAV"),
+    (["take.2.aiff"], "take.2", "take.2.aiff"), (["One.mp3"], "one.wav", "One.mp3"),
+    (["one.wav", "one.flac"], "one.mp3", "several"), (["one.txt"], "one", "no audio file")])
+def test_clip_is_the_file_that_is_named_or_the_only_one_of_its_name(
+        tmp_path, capsys, there, named, found):
+    lay_out(tmp_path / "t", {name: "" for name in there} | {
+        "t.csv": f"audio,prompt,response\n{named},?,x\n{there[0]},?,y\n"})
+    rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv")
+    assert rows[0]["audio"] == str(tmp_path / "t" / found) or len(rows) == 1 and found in counts
 
 
-def test_wordings_vary_and_do_not_depend_on_the_folder(tmp_path, capsys):
-    prompts = []
-    for folder in ("a", "b"):
-        files = {f"{i}.wav": "" for i in range(50)}
-        table = "file,text\n" + "".join(f"{name},x\n" for name in files)
-        lay_out(tmp_path / folder, files | {"t.csv": table})
-        rows, _ = convert(capsys, "csv", tmp_path / folder / "t.csv", audio="file", response="text",
-                          task="asr")
-        prompts.append([row["prompt"] for row in rows])
-    assert prompts[0] == prompts[1]
-    assert set(prompts[0]) == set(data.WORDINGS["asr"]) and len(prompts[0]) == 50
+@pytest.mark.parametrize("kind", ["parquet", "disk"])
+def test_any_data_set_becomes_rows_and_clips(tmp_path, capsys, kind):
+    rows = [{"q": "Which?", "label": label} for label in (1, 0)]
+    path = parquet(tmp_path / "x.parquet", *rows, column="sound")
+    if kind == "disk":
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        table = table.cast_column("label", datasets.ClassLabel(names=["cat", "dog"]))
+        table.cast_column("sound", datasets.Audio()).save_to_disk(path := tmp_path / "disk")
+    found, counts = convert(capsys, "hub", path, audio="sound", prompt="q", response="label",
+                            clips=str(tmp_path / "clips"))
+    assert [row["response"] for row in found] == (["dog", "cat"] if kind == "disk" else ["1", "0"])
+    for i, row in enumerate(found):
+        assert row["audio"] == str(tmp_path / f"clips/000000{i}.flac")
+        assert Path(row["audio"]).read_bytes() == (tmp_path / f"{i}.flac").read_bytes()
+
+
+def test_pitch_class_is_the_one_with_most_notes(tmp_path, capsys):
+    t = np.arange(32000) / 16000
+    (tmp_path / "t").mkdir()
+    for name, hz in (("a", 440), ("fis", 185), ("low_c", 65.4), ("silent", 0)):
+        wav(tmp_path / "t", f"{name}.wav", sum(np.sin(2 * np.pi * k * hz * t) / k / 5 for k in (1, 2)))
+    lay_out(tmp_path / "t", {"broken.wav": "no sound", "t.csv": "audio,response\n" + "".join(
+        f"{name}.wav,x\n" for name in ("silent", "broken", "a", "fis", "low_c"))})
+    rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv", task="asr", pitch_class=True)
+    assert [row["pitch_class"] for row in rows] == [None, "A", "F#", "C"]
+    assert "1 left out, 1 cannot decode" in counts
+
+
+def conversation(*texts, **more):
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)]
+    return {"messages": turns} | more
+
+
+PART = {"type": "audio", "path": "1.wav"}
+TEXT = {"type": "text", "text": "Why?"}
+
+
+@pytest.mark.parametrize("item", [    # each asks Why? of 1.wav, and the answer is x
+    conversation("<audio>Why?", "x", audios=["1.wav"]), conversation([PART, TEXT], "x"),
+    conversation([TEXT, {"type": "audio", "audio_url": "1.wav"}], [TEXT | {"text": "x"}]),
+    conversation([{"type": "audio"}, TEXT], "x", audios=["1.wav"]),
+    {"sound": "1.wav", "id": "7", "conversations": [    # Audio Flamingo 3
+        {"from": "human", "value": "<sound>\nWhy?"}, {"from": "gpt", "value": "x"}]},
+    {"query": "<|AUDIO|>Why?", "response": "x", "audios": ["1.wav"], "history": []}])
+def test_conversations_of_other_projects_become_rows(tmp_path, capsys, item):
+    items = [item, conversation("Say yes.", "Yes.")]
+    lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
+    rows, counts = convert(capsys, "messages", tmp_path / "t/t.jsonl")
+    assert rows == [
+        {"audio": str(tmp_path / "t/1.wav"), "prompt": "Why?", "response": "x", "task": "qa"},
+        {"audio": None, "prompt": "Say yes.", "response": "Yes.", "task": "qa"}]
+
+
+@pytest.mark.parametrize("item, reason", [
+    (conversation("<audio>Why?", "x", audios=["1.wav", "1.wav"]), "with several clips"),
+    (conversation([PART, PART], "x"), "with several clips"),
+    (conversation("<audio> and <audio>?", "x", audio="1.wav"), "with several clips"),
+    (conversation("<speech>Why?", "x"), "with a clip under '', not 'audio'"),
+    (conversation("Why?", "x", wav="1.wav"), "with a clip under 'wav', not 'audio'"),
+    (conversation("Why?", "x", clips=["1.wav"]), "with a clip under 'clips', not 'audio'"),
+    (conversation("Why?", "<audio>", audio="1.wav"), "with a clip in the answer"),
+    (conversation("Why?", [PART]), "with a clip in the answer"),
+    (conversation("<audio>Why?", "x", audios=["2.wav"]), "no audio file"),
+    *[(item, "not of one question and one answer") for item in (
+        conversation("Why?", "x", system="Be kind."), conversation("Why?"), {"messages": ["a", "b"]},
+        {"messages": conversation("Why?", "x")["messages"][::-1]},
+        {"query": "Why?", "response": "x", "history": [["a", "b"]]})]])
+def test_conversations_that_are_no_row_are_left_out_and_counted(tmp_path, capsys, item, reason):
+    items = [item, conversation("Say yes.", "Yes.")]
+    lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
+    rows, counts = convert(capsys, "messages", tmp_path / "t/t.jsonl")
+    assert len(rows) == 1 and counts == f"messages: 1 rows, 1 left out, 1 {reason}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1902,7 +1602,7 @@ def test_no_term_begins_a_stage_far_above_the_best_constant_answer(trained, all_
 
 
 def test_stages_have_their_own_weights_rates_and_data(tmp_path):
-    text = jsonl(tmp_path / "text.jsonl", 4, audio=None, seconds=None)
+    text = write_lines(tmp_path / "text.jsonl", [{"audio": None, "prompt": "?", "response": "."}])
     run("train.py", *QUICK, "--data", "tones:note", text, "--w-pitch-aux", 0.25, "--stage",
         "2:recon=0.5,pitch=2:1e-3", "--stage", "1:recon", "--out", tmp_path / "run")
     first, second, third = log_lines(tmp_path / "run")
@@ -1913,6 +1613,15 @@ def test_stages_have_their_own_weights_rates_and_data(tmp_path):
     assert third["recon"] is None and third["audio_s_per_s"] == 0    # of text, there is nothing
     assert third["loss"] == pytest.approx(third["ce"])
     assert os.path.getsize(tmp_path / "run" / "losses.png") > 5000
+
+
+def test_losses_of_held_out_rows_are_those_of_a_step_that_learns_nothing(short_run):
+    """At each checkpoint; here the rows are those of the step itself."""
+    run("train.py", *QUICK, "--data", "rows.jsonl", "--batch", 3, "--stage", "2:recon:1e-30",
+        "--save-every", 1, "--heldout", "rows.jsonl", "--out", "one")
+    for line in log_lines(Path("one")):
+        for name in ("ce", "recon"):
+            assert line[f"heldout_{name}"] == pytest.approx(line[name], rel=1e-5)
 
 
 def test_stages_of_the_paper_are_the_default():
@@ -2382,9 +2091,9 @@ def test_score_reasons_with_the_adapter_of_audio_flamingo_3(hub, text_think, let
     name = "audio-flamingo-3"
     out = tmp_path / "out"
     run("infer.py", "score", name, lettered, "--out", out, *SCORE, "--device", "cpu",
-        "--model-path", hub[name][1], "--text-think", text_think.folder)
+        "--model-path", hub[name], "--text-think", text_think.folder)
     prompts = [row["prompt"] + BACKBONES[name].text_think for row in read_lines(lettered)]
-    coat = model.load_text_think(name, text_think.folder, hub[name][1])
+    coat = model.load_text_think(name, text_think.folder, hub[name])
     said = coat.generate(build_inputs(coat, [None] * 4, prompts, think=False), 4)
     assert [line["text"] for line in predictions(out)] == said
 
@@ -2713,325 +2422,86 @@ def test_compare_makes_a_table_of_each_stored_file(name):
 # bench.py
 
 def bench_of_rows(path, *args):
-    """({(range of length, arm): its line}, {range: its ratios}, the JSON) of bench.py latency"""
-    found = bench("latency", "--data", path, "--seeds", 1, "--max-new-tokens", 8, *args)
-    arms = {(line["audio"], line["arm"]): line for line in found["rows"] if "arm" in line}
-    ratios = {line["audio"]: line for line in found["rows"] if "ratios" in line}
-    return arms, ratios, found
+    """({(range of length, arm): its line}, what was printed) of bench.py latency"""
+    printed = run("bench.py", "latency", "--data", path, "--seeds", 1, "--max-new-tokens", 8, *args)
+    return {(line["audio"], line["arm"]): line for line in last_json(printed)["rows"]}, printed
 
 
 def test_bench_of_noise_counts_tokens_and_says_what_transformers_says():
-    *lines, ratios = bench("latency", "--seconds", 1, "--seeds", 1, "--batch", 2)["rows"]
-    by = {line["arm"]: line for line in lines}
+    by = {line["arm"]: line for line in bench("latency", "--seconds", 1, "--seeds", 1)["rows"]}
     added = by["CoAT"]["prompt"][0] - by["base"]["prompt"][0]
     assert added == by["CoAT"]["block"][0] == 25 + 2
     decoded = {arm: line["decoded"][0] for arm, line in by.items()}
     assert decoded == {"base": 20, "CoAT": 20, "text-CoT": 120, "generate": 20}
-    assert ratios["same_ids"] == 1
+    assert by["generate"]["same_ids"] == 1
 
 
 def test_bench_of_rows_decodes_to_the_end_token_by_ranges_of_length(tmp_path, tiny):
     """What tiny says third to the first row, after the block, is an end token here."""
-    asked = []
-    lines = [{"audio": None, "prompt": "?", "response": "C"}]
-    for i, seconds in enumerate((0.5, 1.1, 5.3)):
-        path = wav(tmp_path, f"{i}.wav", noise(seconds, i).numpy())
-        asked.append((read_audio(path)[0], f"Which {i}?"))
-        lines.append({"audio": path, "prompt": f"Which {i}?", "response": "C"})
-    lines.append(lines[1] | {"prompt": THINK})
-    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, lines)))
-    third = greedy(tiny, build_inputs(tiny, [asked[0][0]], [asked[0][1]]), 3)[0, 2]
+    asked = [(noise(seconds, i), f"Which {i}?") for i, seconds in enumerate((0.5, 1.1, 5.3))]
+    clips = [wav(tmp_path, f"{i}.wav", wave.numpy()) for i, (wave, _) in enumerate(asked)]
+    rows = [(clip, question) for clip, (_, question) in zip(clips, asked)]
+    path = write(tmp_path / "rows.jsonl", "\n".join(
+        json.dumps({"audio": clip, "prompt": prompt, "response": "C"})
+        for clip, prompt in [*rows, (None, "text"), (clips[0], THINK)]))
+    third = greedy(tiny, build_inputs(tiny, *([x] for x in asked[0])), 3)[0, 2]
     eos = (tiny.processor.tokenizer.convert_ids_to_tokens(third.item()), "<|endoftext|>")
-    ends_early = dataclasses.replace(BACKBONES["tiny"], eos=eos)
-    with unittest.mock.patch.dict(BACKBONES, tiny=ends_early):
-        arms, ratios, found = bench_of_rows(path)
-        by_length, _, _ = bench_of_rows(path, "--samples", 1)
+    with unittest.mock.patch.dict(BACKBONES, tiny=dataclasses.replace(BACKBONES["tiny"], eos=eos)):
+        arms, printed = bench_of_rows(path)
+        by_length, _ = bench_of_rows(path, "--samples", 2)
         coat = load_coat("tiny")
     for arm, think in (("base", False), ("CoAT", True), ("text-CoT", False)):
         suffix = coat.backbone.text_think if arm == "text-CoT" else ""
         batches = [build_inputs(coat, [wave], [question + suffix], think=think)
                    for wave, question in asked]
         lengths = [len(list(coat.stream(batch, 8))) for batch in batches]
-        prompts = [batch["input_ids"].shape[1] for batch in batches]
-        assert arms["0.1-inf s", arm]["decoded"][0] == pytest.approx(np.mean(lengths))
-        assert arms["0.1-inf s", arm]["prompt"][0] == pytest.approx(np.mean(prompts))
-        assert by_length["5-10 s", arm]["decoded"][0] == lengths[2]
-    assert ratios["0.1-inf s"]["same_ids"] == arms["0.1-inf s", "CoAT"]["clips"] == 3
-    assert found["left_out"] == 1 and len(by_length) == 2 * 4
+        assert arms["0-121 s", arm]["decoded"][0] == pytest.approx(np.mean(lengths))
+        assert by_length["5-10 s", arm]["prompt"][0] == batches[2]["input_ids"].shape[1]
+    assert arms["0-121 s", "generate"]["same_ids"] == arms["0-121 s", "CoAT"]["clips"] == 3
+    assert printed.count("left out: ") == 1 and len(by_length) == 2 * 4
 
 
-def test_bench_takes_the_block_from_the_run_and_base_from_its_backbone(tmp_path, hub, text_think):
-    loaded("tiny", None).save(tmp_path / "checkpoint-1")
-    arms, ratios, _ = bench_of_rows("tones:note:2", "--model", tmp_path)
-    assert arms["0.1-inf s", "CoAT"]["block"][0] == 38 and ratios["0.1-inf s"]["same_ids"] == 2
-    name = "audio-flamingo-3"
-    arms, *_ = bench_of_rows("tones:note:1", "--backbone", name, "--model-path", hub[name],
-                             "--text-think", text_think.folder, "--device", "cpu")
-    assert arms["0.1-inf s", "text-CoT"]["prompt"][0] > arms["0.1-inf s", "base"]["prompt"][0]
+def test_bench_takes_the_block_from_the_run_and_base_from_its_backbone(hub, tmp_path):
+    loaded("tiny", hub).save(tmp_path / "checkpoint-1")
+    arms, _ = bench_of_rows("tones:note:2", "--model", tmp_path)
+    assert arms["0-121 s", "CoAT"]["block"][0] == 38
+    assert arms["0-121 s", "generate"]["same_ids"] == 2
 
 
 def test_bench_trains_every_way_and_times_each_expert(shipped):
     ways = bench("train", "--steps", 1, "--batch", 2, "--seconds", 0.5, 2)["ways"]
-    assert list(ways) == ["no block", "block", "two experts", "five experts", "Trainer",
-                          "Trainer, by length", "expert recon", "expert pitch"]
+    assert list(ways) == ["no block", "block", "block, recon", "block, pitch", "block, all experts",
+                          "Trainer", "Trainer, by length"]
     assert ways["block"]["padding"] < ways["Trainer"]["padding"]
-    assert all(way.get("rows_per_s", 1) > 0 for way in ways.values())
-
-
-# --------------------------------------------------------------------------------------------------
-# What goes wrong: audio and rows
-
-BAD_CLIPS = {    # file: what the message must say
-    "missing.wav": "no file", "empty.wav": "cannot decode", "text.wav": "cannot decode",
-    "zero_samples.wav": "no samples", "nan.wav": "NaN", "short.wav": "0.02 s",
-    "long.wav": "121.00 s", "cut.flac": "cut.flac",
-}
-
-
-@pytest.mark.parametrize("name, words", BAD_CLIPS.items())
-def test_bad_audio_is_refused_with_its_name_in_one_line(bad_clips, name, words):
-    with pytest.raises(InputError, match=words) as error:
-        read_audio(bad_clips[name])
-    assert name in str(error.value) and "\n" not in str(error.value)
-    assert isinstance(error.value, TooLong) == (name == "long.wav")
-
-
-@pytest.mark.parametrize("seconds, kind", [(0.02, InputError), (121, TooLong)])
-def test_clip_out_of_range_is_refused_by_the_builder(tiny, seconds, kind):
-    with pytest.raises(kind, match=f"{seconds:.2f} s"):
-        build_inputs(tiny, [noise(seconds)], ["?"])
-
-
-def test_segment_beyond_the_end_is_refused(tmp_path):
-    path = wav(tmp_path, "a.wav", noise(2.0).numpy())
-    with pytest.raises(InputError, match="nothing from 3"):
-        read_audio(path, 3.0, 4.0)
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", "no rows"), ("[1]", "line 1: not a JSON object"),
-    ('{"prompt": "a", "response": "b"}\nnot json', "line 2: not JSON"),
-    (b'{"prompt": "\xff"}', "line 1: not UTF-8"),
-    ('{"prompt": "a"}', '"response" is missing'),
-    ('{"prompt": "", "response": "b"}', '"prompt" is missing'),
-    ('{"prompt": "a", "response": "b", "audio": 3}', 'line 1: "audio"'),
-    ('{"prompt": "a", "response": "b", "seconds": "4"}', 'line 1: "seconds"'),
-    ('{"prompt": "a", "response": "b", "start": []}', 'line 1: "start"'),
-    ('{"prompt": "a", "response": "b", "task": null}', 'line 1: "task"')])
-def test_bad_manifest_is_refused_with_its_line(tmp_path, text, words):
-    with pytest.raises(InputError, match=words):
-        Manifest(write(tmp_path / "rows.jsonl", text))
-
-
-@pytest.mark.parametrize("old, new, words", [
-    ("3,", "3", "line 4: not JSON"), ('"share": 3', '"share": 0', "share of asr"),
-    ('"share": 3', '"shares": 3', "asr needs"), ('"share": 3', '"share": "a"', "share of asr"),
-    ('["c.jsonl"]', "[]", "caption lists no"), ('"text"', '"asr"', "comes twice"),
-    ('"max_epochs": 4', '"epochs": 4', "give"),
-    ('"max_epochs": 4', '"max_epochs": 0', "max_epochs of a.jsonl"),
-    ('"c.jsonl"', "3", "a source of caption"),
-    ('"c.jsonl"', '"no.jsonl"', "no manifest '.*no.jsonl'"),
-    ('"rows": 600', '"rows": 0.5', "whole number"),
-    (MIXTURE, "[]", "there is no group|not a JSON object|give"),
-    (MIXTURE, "3", "not a JSON object"), (MIXTURE, '{"groups": {}}', "there is no group")])
-def test_bad_mixture_is_refused_in_one_line(mixture, tmp_path, old, new, words):
-    assert MIXTURE.count(old) >= 1
-    with pytest.raises(InputError, match=words) as error:
-        Mixture(write(tmp_path / "bad.json", MIXTURE.replace(old, new, 1)))
-    assert "\n" not in str(error.value)
-
-
-def test_missing_mixture_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        Mixture(str(tmp_path / "nowhere.json"))
-
-
-@pytest.mark.parametrize("text", ["tones:xyz", "tones:note:0", "tones:note:x", "tones:note:5:5"])
-def test_tones_that_do_not_exist_are_refused(text):
-    with pytest.raises(InputError, match="give tones"):
-        open_source(text)
-
-
-def test_what_the_header_tells_keeps_a_row_out_of_the_plan(bad_clips, tmp_path):
-    source = Manifest(rows_about(tmp_path, bad_clips, "nan.wav", "long.wav", "missing.wav"))
-    assert [(i, type(error)) for i, error in source.skipped] == [(1, TooLong), (2, InputError)]
-    assert set(plan_stage(source, 5, 2, 0, 0).ravel()) == {0}
-
-
-def test_what_only_decoding_tells_leaves_a_row_out_of_its_batch(tiny, bad_clips, tmp_path):
-    bad_clips = bad_clips | {"good.wav": wav(tmp_path, "good.wav", noise(1.0).numpy())}
-    source = Manifest(rows_about(tmp_path, bad_clips, "nan.wav", "good.wav", "missing.wav"))
-    batch = collate([Rows(source)[i] for i in range(3)], tiny.spec)
-    assert [row["row"] for row in batch["rows"]] == [1] and batch["seconds"] == 1.0
-    assert [type(error) for error in batch["skipped"]] == [InputError] * 2
-    assert collate([Rows(source)[0]], tiny.spec)["rows"] == []
-
-
-def test_reserved_tokens_and_odd_rates_leave_a_row_out_of_its_batch(coat):
-    row = {"wave": noise(1.0), "rate": 16000, "prompt": "what?", "response": "it"}
-    for token in (coat.backbone.audio_token, THINK):
-        rows = [row | {"response": token, "row": 7}, row, row | {"rate": 44099}]
-        batch = collate(rows, coat.spec)
-        assert len(batch["rows"]) == 1
-        reserved, odd = map(str, batch["skipped"])
-        assert "row 7" in reserved and "44099" in odd
-
-
-def cut_in_half(path):
-    os.truncate(path, os.path.getsize(path) // 2)
-    return path
-
-
-@pytest.mark.parametrize("name, flags", [
-    ("a.wav", {}), ("a.wav", {"subtype": "FLOAT"}), ("a.wav", {"subtype": "IMA_ADPCM"}),
-    ("a.ogg", {})])
-def test_file_that_is_cut_off_is_named_by_its_header(tmp_path, name, flags):
-    path = wav(tmp_path, name, noise(20.0).numpy(), **flags)
-    read_audio(path)
-    read_audio(cut_in_half(path), 1, 2)    # that lies before the cut
-    for start, end in ((None, None), (1, 19), (15, 16)):
-        with pytest.raises(InputError, match=f"{name}' is cut off"):
-            data.open_audio(path, start, end)
-
-
-def test_wav_of_a_stream_states_no_length_and_is_no_cut_file(tmp_path):
-    path = Path(wav(tmp_path, "a.wav", noise(1.0).numpy()))
-    whole = path.read_bytes()
-    for length in (b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"):    # as ffmpeg and sox write it
-        path.write_bytes(whole[:40] + length + whole[44:])
-        assert len(read_audio(str(path))[0]) == 16000
-
-
-def test_file_without_a_header_is_refused_in_one_line(tmp_path):
-    with pytest.raises(InputError, match=r"\Acannot decode .*x.raw' \(it has no header\); "):
-        read_audio(write(tmp_path / "x.raw", b"\0" * 32000))
-
-
-ROW = {"audio": "a.wav", "prompt": "a", "response": "b"}
-ENDLESS = "1" + "0" * 400
-
-
-@pytest.mark.parametrize("line, words", [
-    *[(json.dumps(ROW | more), words) for more, words in [
-        ({"seconds": 1e308}, '"seconds" is no number of seconds up to 1000000'),
-        ({"start": 1e30}, '"start" is no number'), ({"end": math.nan}, '"end" is no number'),
-        ({"end": math.inf}, '"end" is no number'), ({"start": True}, '"start" is no number'),
-        ({"seconds": False}, '"seconds" is no number'), ({"seconds": [1]}, '"seconds" is no'),
-        ({"seconds": 0}, '"seconds" is not above 0'),
-        ({"audio": "\ud800.wav"}, "half a character"), ({"prompt": "\udc00"}, "half a character"),
-        ({"choices": ["a", "\ud800"]}, "half a character"), ({"question": "\ud800"}, "half a"),
-        ({"more": {"a": [{"\udfff": 1}]}}, "half a character"), ({"\ud800": 1}, "half a character"),
-        ({"wave": [0.1]}, '"wave" is a name that loading a row uses'),
-        ({"rate": 8000}, '"rate" is a name'), ({"row": 1}, '"row" is a name'),
-        ({"audio": ["a.wav"]}, '"audio" is no path'),
-        ({"prompt": ["a"]}, '"prompt" is missing or empty, or no text'),
-        ({"question": ["a"]}, '"question" is no text'),
-        ({"choices": "yes"}, '"choices" is no list'),
-        ({"choices": [1]}, '"choices" is no list'), ({"task": None}, '"task" is missing'),
-        ({"prompt": "a" * 10 ** 6}, "more than 100000 bytes; shorten its texts"),
-        ({"more": "b" * 10 ** 6}, "more than 100000 bytes")]],
-    (f'{{"prompt": "a", "response": "b", "end": {ENDLESS}}}', '"end" is no number'),
-    (f'{{"prompt": "a", "response": "b", "more": {ENDLESS * 20}}}', "thousands of digits"),
-    (f'{{"prompt": "a", "response": "b", "more": {"[" * 40000}{"]" * 40000}}}', "in hundreds of"),
-    ("[" * 40000, "brackets in hundreds of brackets"), ("[" * 10 ** 6, "more than 100000 bytes"),
-    (b'{"prompt": "\xed\xa0\x80", "response": "b"}', "not UTF-8"),
-    (json.dumps(ROW).encode("utf-16"), "not UTF-8; save the file as UTF-8")])
-def test_row_that_cannot_be_used_gives_one_line(tmp_path, line, words):
-    line = line if isinstance(line, bytes) else line.encode()
-    path = write(tmp_path / "rows.jsonl", json.dumps(ROW).encode() + b"\n\n" + line)
-    with pytest.raises(InputError) as error:
-        Manifest(path)
-    text = str(error.value)
-    assert text.startswith(f"{path}, line 3: {words}") or words in text
-    assert "\n" not in text and len(text) < 500 and text.isprintable()
-
-
-@pytest.mark.parametrize("old, new, words", [
-    (MIXTURE, MIXTURE.encode("utf-16"), "codec can't decode"),
-    (MIXTURE, b'{"groups": {"\xff": 1}}', "codec can't decode"),
-    (MIXTURE, "[" * 40000, "recursion"), (MIXTURE, '[{"messages": []}]', "convert messages"),
-    (MIXTURE, '{"groups": [1]}', "there is no group"),
-    (MIXTURE, '{"groups": {"asr": []}}', "asr needs"),
-    ('"share": 3', '"share": [3]', "share of asr"),
-    ('"share": 3', '"share": 1e308', "share of asr"),
-    ('"share": 3', '"share": true', "share of asr"), ('"share": 3', '"share": NaN', "share of asr"),
-    ('"share": 3', f'"share": {ENDLESS}', "share of asr is not a number from 1e-9 to 1e9"),
-    ('"share": 3', f'"share": {ENDLESS * 20}', "digits"),
-    ('"max_epochs": 4', f'"max_epochs": {ENDLESS}', "max_epochs of a.jsonl"),
-    ('"rows": 600', f'"rows": {ENDLESS}', '"rows" is not a whole number from 1 to 1e9'),
-    ('"c.jsonl"', '["c.jsonl"]', "a source of caption"), ('"c.jsonl"', '"."', "no manifest"),
-    ('"c.jsonl"', '"/dev/full"', "no manifest")])
-def test_mixture_that_cannot_be_used_gives_one_line(mixture, tmp_path, old, new, words):
-    text = new if isinstance(new, bytes) else MIXTURE.replace(old, new, 1)
-    with pytest.raises(InputError, match=words) as error:
-        Mixture(write(tmp_path / "bad.json", text))
-    assert "\n" not in str(error.value)
-
-
-# --------------------------------------------------------------------------------------------------
-# What goes wrong: corpora
-
-@pytest.mark.parametrize("name", list(data.CORPORA))
-@pytest.mark.parametrize("split", [None, "nonsense"])
-def test_missing_layout_is_one_line_that_says_what_is_expected(tmp_path, capsys, name, split):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=f"{name} has to lie as ROOT/") as error:
-        convert(capsys, name, tmp_path / "empty", split and [split])
-    assert "\n" not in str(error.value) and "  " not in str(error.value)
-
-
-@pytest.mark.parametrize("name, files, words", [
-    ("clotho", {"clotho_captions_development.csv": "file,caption\na,b\n"},
-     "'file_name'.*clotho has to lie as ROOT/clotho_captions"),
-    ("gigaspeech", {"GigaSpeech.json": "[1"}, "gigaspeech has to lie as ROOT/GigaSpeech.json")])
-def test_unexpected_content_is_one_line_too(tmp_path, capsys, name, files, words):
-    lay_out(tmp_path / "c", files)
-    with pytest.raises(InputError, match=words):
-        convert(capsys, name, tmp_path / "c")
-
-
-def test_column_that_a_table_has_not_is_named(table, capsys):
-    with pytest.raises(InputError, match="'wrong'.*a table with the columns wrong, q"):
-        convert(capsys, "csv", table, response="wrong", prompt="q")
+    assert all(way["rows_per_s"] > 0 for way in ways.values())
 
 
 # --------------------------------------------------------------------------------------------------
 # What goes wrong: weights
 
-@pytest.mark.parametrize("name", REAL)
-@pytest.mark.parametrize("lacks, words", [
-    ("*", "config.json"), ("model.safetensors", "model.safetensors"),
-    ("preprocessor_config.json", "feature extractor"), ("tokenizer*", "tokenizer is missing"),
-    ("chat_template*", "no chat template")])
-def test_folder_of_a_backbone_without_one_of_its_files_is_refused(
-        name, lacks, words, hub, tmp_path):
-    if lacks == "chat_template*" and not LAYOUTS[name].template:
-        pytest.skip("it is in the processor's class")
-    shutil.copytree(hub[name][1], tmp_path / "x", ignore=shutil.ignore_patterns(lacks))
-    with pytest.raises(InputError, match=f"cannot load {name} from .*{words}"):
-        load_coat(name, model_path=tmp_path / "x")
-
-
 @pytest.mark.parametrize("file, content, words", [
+    ("config.json", None, "config.json"), ("model.safetensors", None, "model.safetensors"),
+    ("preprocessor_config.json", None, "feature extractor"),
+    ("tokenizer.json", None, "tokenizer is missing"),
     ("config.json", {"model_type": "bert"}, "config.json is that of 'bert'"),
     ("config.json", {"text_config": None}, "part of its config is null"),
     ("config.json", {"quantization_config": {"load_in_4bit": True}}, "quantised"),
-    ("config.json", {"text_config": {"num_hidden_layers": 3}}, "tensors are missing"),
+    ("config.json", {"text_config": {"intermediate_size": 96}}, "6 tensors are missing"),
     ("config.json", b"\xff\0", "not a valid JSON"), ("tokenizer.json", b"[]", "TypeError"),
     ("chat_template.jinja", b"{{ messages[0].role }}", "number of audio inputs"),
-    ("model.safetensors", b"<html>" * 99, "SafetensorError"),
-    ("model.safetensors", 10000, "incomplete")])
+    ("model.safetensors", b"<html>" * 99, "SafetensorError")])
 def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, content, words):
-    """A dict: what changes in the file. A number: where it is cut."""
+    """None: it is not there. A dict: what changes in it."""
     folder = tmp_path / "model"
     shutil.copytree(hub["qwen2-audio"][1], folder)
-    if isinstance(content, dict):
-        with edited_json(folder / file) as value:
-            value |= content
-    elif isinstance(content, int):
-        os.truncate(folder / file, content)
-    else:
+    if content is None:
+        os.remove(folder / file)
+    elif isinstance(content, bytes):
         write(folder / file, content)
+    else:
+        with edited_json(folder / file) as value:
+            for key, new in content.items():
+                value[key] = value[key] | new if key == "text_config" and new else new
     with pytest.raises(ValueError, match=words) as error:
         coat = load_coat("qwen2-audio", model_path=folder)
         build_inputs(coat, [noise(1.0)], ["?"])
@@ -3041,19 +2511,10 @@ def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, c
 @pytest.mark.parametrize("name", ["nowhere", "Qwen/Qwen2-Audio-7B-Instruct", "."])
 def test_name_of_nothing_names_what_there_is(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no run.* qwen2-audio .Qwen/Qwen2-Audio-7B-Instruct.*tiny"):
+    with pytest.raises(InputError, match="no run.* qwen2-audio .Qwen/Qwen2-Audio-7B.*tiny"):
         load_coat(name)
     with pytest.raises(InputError, match="no folder 'nowhere'"):
         load_coat("qwen2-audio", model_path="nowhere")
-
-
-def test_block_in_a_template_is_dropped_whatever_code_wrote_it(hub, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(hub["qwen2-audio"][1], folder)
-    template = load_coat("qwen2-audio", folder).processor.chat_template
-    other = "{# the thinking block #}{{ raise_exception('other code') }}"
-    write(folder / "chat_template.jinja", template + other)
-    assert load_coat("qwen2-audio", folder).processor.chat_template == template
 
 
 @pytest.mark.parametrize("part", ["audio_tower.conv2.weight", "layers.1.mlp.up_proj", "lm_head"])
@@ -3075,18 +2536,8 @@ def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
         load_coat(tmp_path)
 
 
-def test_text_thinking_adapter_of_another_model_is_refused(text_think, tmp_path):
-    folder = tmp_path / "think"
-    shutil.copytree(text_think.folder, folder)
-    torch.save({"elsewhere.bias": text_think.bias}, folder / "non_lora_trainables.bin")
-    assert "elsewhere.bias" in run("infer.py", *text_think.ask, folder, fails=True)
-    os.remove(folder / "non_lora_trainables.bin")
-    assert "non_lora_trainables.bin" in run("infer.py", *text_think.ask, folder, fails=True)
-
-
 @pytest.mark.parametrize("package, code, words", [
     ("torchaudio", "raise OSError('undefined symbol: torch_x')", "undefined symbol.*torchaudio 2"),
-    ("torchaudio", "raise ImportError('no CUDA 12')", "no CUDA 12 .beside.*torch 2"),
     ("peft", "import no_such_package", "No module named 'no_such_package'")])
 def test_library_that_does_not_import_is_one_line(package, code, words, tmp_path):
     write(tmp_path / f"{package}.py", code)
@@ -3097,8 +2548,7 @@ def test_library_that_does_not_import_is_one_line(package, code, words, tmp_path
 
 def test_transformers_that_is_too_old_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(model.transformers, "__version__", "5.9.1")
-    line = "^error: transformers 5.9.1 is too old; pip install -U 'transformers>=5.23'$"
-    with pytest.raises(SystemExit, match=line):
+    with pytest.raises(SystemExit, match="^error: transformers 5.9.1 is too old; pip install"):
         runpy.run_path(str(HERE / "model.py"))
 
 
@@ -3120,140 +2570,65 @@ def test_any_exception_ends_a_program_in_one_line(error, words, capsys, monkeypa
 # --------------------------------------------------------------------------------------------------
 # What goes wrong: weights of an expert
 
-class Small(Expert):
-    """An expert of two numbers."""
-    sample_rate = 16000
-    frame_rate = 100.0
-    dim = 1
-    hop = 160
-    filename = "small.pt"
-    url = "http://127.0.0.1:9/small.pt"    # nobody listens
-
-    def __init__(self):
-        super().__init__()
-        self.map = torch.nn.Linear(1, 1)
-
-    def features(self, wave):
-        return self.map(wave[::160, None])
-
-
-def saved(value):
-    """The bytes that torch.save makes of it."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-def small_file(weight=1.0):
-    """The bytes of a file of Small; further tensors are ignored."""
-    tensors = {"map.weight": torch.full((1, 1), weight).double(), "map.bias": torch.zeros(1).half()}
-    return saved({"state_dict": {"model": tensors | {"ema": torch.zeros(9)}}})
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """Registers Small. -> where its file would be"""
-    monkeypatch.setitem(EXPERTS, "small", Small)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    return tmp_path / "checkpoints" / "small.pt"
-
-
-@contextlib.contextmanager
-def weights_server(payload, monkeypatch):
-    """Serves them as the weights of Small. -> the requests so far"""
+def test_weights_are_fetched_once_for_all_processes(monkeypatch, tmp_path):
+    shipped = (HERE / "assets" / Pitch.filename).read_bytes()
     asked = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
             self.send_response(200)
-            self.send_header("Content-Length", len(payload))
             self.end_headers()
-            self.wfile.write(payload)
+            self.wfile.write(shipped)
 
-        def log_message(self, *args):
-            pass
-
-    with serving(Handler) as url:
-        monkeypatch.setattr(Small, "url", f"{url}/small.pt")
-        yield asked
-
-
-def test_weights_are_fetched_once_for_all_processes_and_loaded_as_float32(small, monkeypatch):
-    with weights_server(small_file(), monkeypatch) as asked, ThreadPoolExecutor(2) as pool:
-        experts = list(pool.map(load, ["small"] * 2))
-    assert asked == ["/small.pt"] and small.read_bytes() == small_file()
-    assert {p.dtype for expert in experts for p in expert.parameters()} == {torch.float32}
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with serving(Handler) as url, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(Pitch, "url", f"{url}/pitch.npz")
+        list(pool.map(load, ["pitch"] * 2))
+    assert len(asked) == 1
+    assert (tmp_path / "checkpoints" / Pitch.filename).read_bytes() == shipped
 
 
-def test_download_of_another_digest_is_not_kept(small, monkeypatch):
-    monkeypatch.setattr(Small, "sha256", "0" * 64)
-    with weights_server(small_file(), monkeypatch):
-        with pytest.raises(RuntimeError, match="^small: .* invalid hash value [^\n]*$"):
-            load("small")
-    assert not small.exists()
-
-
-@pytest.mark.parametrize("content, words", [
-    (None, "No such file"), (b"", "EOFError"), (b"<html>", "Weights only load failed"),
-    (small_file()[:900], "failed reading zip archive"),
-    (pickle.dumps({"model": os.system}, 2), "Weights only load failed"),
-    (saved([1]), "AttributeError"),
-    (saved({"map.weight": torch.ones(1)}), "2 of 2 tensors are missing or of another shape"),
-    (small_file(math.nan), "it gives NaN or infinity")])
-def test_file_that_is_no_expert_is_named_in_one_line(content, words, small, tmp_path):
+@pytest.mark.parametrize("write_file, words", [
+    (lambda path: path.write_bytes(b""), "EOFError"),
+    (lambda path: path.write_bytes(pickle.dumps(os.system, 2)), "Weights only load failed"),
+    (lambda path: torch.save({"scale": torch.ones(2)}, path), "10 of 10 tensors are missing or of"),
+    (lambda path: torch.save({key: value * torch.nan for key, value in
+                              an_expert("pitch").state_dict().items()}, path), "gives NaN or inf")])
+def test_file_that_is_no_expert_is_named_in_one_line(write_file, words, tmp_path):
     path = tmp_path / "file.pt"
-    if content is not None:
-        path.write_bytes(content)
+    write_file(path)
     with pytest.raises(RuntimeError) as error:
-        load("small", path)
+        load("pitch", path)
     line = str(error.value)
-    assert line.startswith(f"small: cannot load {path} (") and words in line and "\n" not in line
-    assert "--expert-small PATH" in line and "weights_only" not in line
+    assert line.startswith(f"pitch: cannot load {path} (") and words in line and "\n" not in line
+    assert "--expert-pitch PATH" in line and "weights_only" not in line
 
 
-def test_missing_weights_say_where_to_get_them(small, monkeypatch):
-    with pytest.raises(RuntimeError, match="refused.* small.pt of http://127.0.0.1:9/small.pt. "):
-        load("small")
-    monkeypatch.setattr(experts, "__file__", str(small))    # as if copied alone
-    with pytest.raises(RuntimeError, match="basic_pitch_icassp2022.npz of the repository"):
+def test_check_goes_on_after_an_expert_that_is_missing(shipped, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(EXPERTS, "again", Pitch)
+    monkeypatch.setattr(sys, "argv", ["experts.py", "--check", "--expert-pitch", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        experts.main()
+    missing, found = capsys.readouterr().out.splitlines()
+    assert missing.startswith("error: pitch: cannot load") and "2112 x" in found
+    monkeypatch.setattr(experts, "__file__", str(tmp_path / "experts.py"))    # as if copied alone
+    with pytest.raises(RuntimeError, match="basic_pitch_icassp2022.npz of the repo"):
         load("pitch")
 
 
 @pytest.mark.parametrize("wave", [
-    torch.zeros(0), torch.zeros(2, 800), torch.zeros(800).double(), torch.zeros(800).half(),
-    torch.zeros(800).short(), torch.full((800,), math.nan), torch.full((800,), 1e30),
-    torch.full((800,), 9830.0)])
+    torch.zeros(0), torch.zeros(2, 800), torch.zeros(800).half(), torch.zeros(800).short(),
+    torch.full((800,), math.nan), torch.full((800,), 1e30), torch.full((800,), 9830.0)])
 def test_wave_that_is_none_is_refused_by_an_expert_in_one_line(wave):
     with pytest.raises(ValueError, match=r"^Affect takes a wave .* in \[-1, 1\][^\n]*\Z"):
         an_expert("affect")(wave)
-
-
-def test_features_that_are_not_finite_give_no_scale(two_heads):
-    """A NaN among the first clips would stay in the scales for good."""
-    clips = [torch.zeros(5, 8), torch.full((5, 8), math.nan)]
-    with pytest.raises(ValueError, match="^expert 'recon' gives NaN or infinity"):
-        two_heads[0].calibrate("recon", clips)
 
 
 def test_missing_expert_stops_a_run_before_its_first_step(tmp_path):
     error = run("train.py", *QUICK, "--stage", "2:all", "--expert-speech", tmp_path / "no.pt",
                 "--out", tmp_path / "run", fails=True)
     assert "no.pt" in error and not (tmp_path / "run" / "log.jsonl").exists()
-
-
-def test_random_experts_of_a_run_are_announced(all_five):
-    process, _ = all_five
-    ended(process)
-    assert open(process.log).read().count("RANDOM WEIGHTS") == 3
-
-
-def test_check_goes_on_after_a_missing_expert(shipped, small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["experts.py", "--check", "--expert-small", str(tmp_path)])
-    with pytest.raises(SystemExit) as error:
-        experts.main()
-    pitch, missing = capsys.readouterr().out.splitlines()
-    assert error.value.code == 1 and missing.startswith("error: small: ") and "2112 x" in pitch
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3334,14 +2709,28 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         error = run("train.py", *QUICK, "--stage", "2:recon", "--stage", "4:recon", "--save-every",
                     2, "--out", tmp_path, fails=True)
     assert "No space left" in error
-    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
+    assert model.checkpoint_steps(tmp_path) == [2]
     run("train.py", "--resume", tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
     assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+
+
+def test_step_that_will_not_fit_in_memory_ends_a_run_before_its_first(tmp_path, monkeypatch):
+    def forward(self, batch):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return plain(self, batch)
+
+    plain = model.CoAT.forward
+    monkeypatch.setattr(model.CoAT, "forward", forward)
+    error = run("train.py", *QUICK, "--stage", "4:recon", "--out", tmp_path, fails=True)
+    assert "no memory left" in error and "--micro-tokens" in error
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
     process = start(train_in_a_group, tmp_path / "log", *QUICK, "--stage", "999:recon",
-                    "--workers", 1, "--out", tmp_path / "run")
+                    "--workers", 1, "--log-every", 3, "--out", tmp_path / "run")
     wait_for(process, "step 3/")
     os.killpg(process.pid, signal.SIGTERM)
     ended(process)
@@ -3352,14 +2741,14 @@ def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
 
 def test_killed_data_process_ends_the_run_in_one_line_with_a_save(tmp_path):
     process = start(train, tmp_path / "log", *QUICK, "--stage", "999:recon", "--workers", 1,
-                    "--out", tmp_path / "run")
+                    "--log-every", 3, "--out", tmp_path / "run")
     wait_for(process, "step 3/")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     ended(process, status=1)
     step = logged(tmp_path / "run", "step")[-1]
     last = open(process.log).read().strip().splitlines()[-1]
-    assert last.startswith("error: DataLoader worker") and f"saved after step {step}" in last
+    assert "DataLoader worker" in last and f"saved after step {step}" in last
     assert os.path.exists(tmp_path / "run" / f"checkpoint-{step}" / "state.pt")
 
 
@@ -3427,7 +2816,7 @@ def test_run_is_resumed_from_any_folder(finished, short_run, tmp_path, monkeypat
 @pytest.mark.parametrize("flags, words", [
     (["--resume", "run", "--lr", 1], "--lr was 0.002 when the run began"),
     (["--resume", "elsewhere"], "'elsewhere' is no run"),
-    (["--out", "run"], "holds checkpoints already"),
+    (["--out", "run"], "'run' holds a run"),
     (["--data", "rows.jsonl", "tones", "--stage", "1:recon"], "--data names 2 for 1 stages"),
     (["--stage", "5"], "give STEPS:EXPERTS"), (["--stage", "5:reconn"], "there is no such expert"),
     (["--stage", "5:recon=x"], "could not convert"), (["--stage", "0:recon"], "is not from 1"),
@@ -3460,9 +2849,9 @@ def test_resume_names_another_torch_and_number_of_ranks_and_goes_on(short_run):
 
 
 def test_folder_that_another_run_holds_is_refused(short_run, monkeypatch):
-    acquire = model.FileLock.acquire
-    monkeypatch.setattr(model.FileLock, "acquire", lambda lock, timeout: acquire(lock, timeout=0))
-    with model.FileLock("run/.lock"):
+    acquire = filelock.FileLock.acquire
+    monkeypatch.setattr(filelock.FileLock, "acquire", lambda lock, timeout: acquire(lock, 0))
+    with acquire(filelock.FileLock("run/.lock")):
         assert "run/.lock" in run("train.py", "--resume", "run", fails=True)
 
 
@@ -3489,130 +2878,78 @@ def test_damaged_checkpoint_is_refused_in_one_line(short_run, name, content):
 # Harness: backbones. Folders laid out like the real ones on the hub: the real classes, towers with
 # their real windows, random weights of next to no width, and a byte-level tokenizer.
 
-# What the released templates render for text and audio (Omni's without pictures and video; AF3's
-# puts the sound first wherever it stands). Qwen2-Audio's is in its processor class.
-TEMPLATE = """{% if messages[0]['role'] != 'system' %}<|im_start|>system
-You are a helpful assistant.<|im_end|>
-{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}
-{% if m['content'] is string %}{{ m['content'] }}{% else %}\
-{% for c in m['content'] if c['type'] == 'audio' %}AUDIO{% endfor %}\
-{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 QWEN_TOKENS = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
-BEFORE_5 = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
-            "model.": ""}
-OF_THE_THINKER = {"model.language_model.": "thinker.model.", "lm_head.": "thinker.lm_head.",
-                  "model.": "thinker."}
-
-
-class Layout(NamedTuple):
-    tokens: list             # after the text ones, the audio placeholder first
-    spare: int               # rows of the table that no token uses
-    seconds: int             # of the feature extractor
-    template: str | None
-    renames: dict            # how names begin in the model: how in the files; the first that fits
-
-
-LAYOUTS = {
-    "qwen2-audio": Layout(QWEN_TOKENS, 20, 30, None, BEFORE_5),
-    "qwen2.5-omni": Layout(QWEN_TOKENS, 20, 300,
-                           TEMPLATE.replace("AUDIO", "<|audio_bos|><|AUDIO|><|audio_eos|>"),
-                           OF_THE_THINKER),
-    "audio-flamingo-3": Layout(["<sound>", "[BOS]", "[PAD]"], 0, 30,
-                               TEMPLATE.replace("AUDIO", "<sound>"), BEFORE_5),
+LAYOUTS = {    # special tokens, rows of the table that none uses, seconds of the feature extractor
+    "qwen2-audio": (QWEN_TOKENS, 20, 30),
+    "qwen2.5-omni": (QWEN_TOKENS, 20, 300),
+    "audio-flamingo-3": (["<sound>", "[BOS]", "[PAD]"], 0, 30),
 }
+NARROW = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+              num_key_value_heads=1, max_position_embeddings=8192, initializer_range=64 ** -0.5)
+TOWER = dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64)
+
+
+def tiny_tokenizer(folder, tokens=(), pad="<|im_end|>"):
+    """Writes a tokenizer of bytes and these tokens -> its ids."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *tokens]
+    vocab = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()) + special)}
+    named = ("audio_token", "audio_bos_token", "audio_eos_token")
+    transformers.Qwen2Tokenizer(
+        vocab=vocab, merges=[], extra_special_tokens=special[1:], pad_token=pad,
+        model_specific_special_tokens=dict(zip(named, tokens)) if tokens == QWEN_TOKENS else {},
+    ).save_pretrained(folder)
+    return vocab
 
 
 def tiny_hub(name, folder):
     """Writes config, weights, tokenizer, feature extractor and chat template of a backbone."""
-    layout = LAYOUTS[name]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *layout.tokens]
-    vocab = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()) + special)}
-    named = {}
-    if layout.tokens == QWEN_TOKENS:
-        named = dict(zip(("audio_token", "audio_bos_token", "audio_eos_token"), QWEN_TOKENS))
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab=vocab, merges=[], extra_special_tokens=special[1:],
-        pad_token=special[0] if named else "[PAD]", model_specific_special_tokens=named)
-    tokenizer.save_pretrained(folder)
-    extractor = transformers.WhisperFeatureExtractor(
-        feature_size=128, chunk_length=layout.seconds, return_attention_mask=True)
-    extractor.save_pretrained(folder)
-    if layout.template:
-        write_json(os.path.join(folder, "chat_template.json"), {"chat_template": layout.template})
+    tokens, spare, seconds = LAYOUTS[name]
+    pad = "<|endoftext|>" if tokens == QWEN_TOKENS else "[PAD]"
+    vocab = tiny_tokenizer(folder, tokens, pad)
+    transformers.WhisperFeatureExtractor(
+        feature_size=128, chunk_length=seconds, return_attention_mask=True).save_pretrained(folder)
+    if name != "qwen2-audio":    # whose template is in its class
+        template = model.TEMPLATE.replace("AUDIO_MARKS", MARKS[name])
+        write_json(folder / "chat_template.json", {"chat_template": template})
 
-    model_class, config = tiny_config(name, vocab[layout.tokens[0]], len(vocab) + layout.spare)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = model_class(config).state_dict()
-    published = {}
-    for key, value in weights.items():
-        begin = next(begin for begin in layout.renames if key.startswith(begin))
-        published[layout.renames[begin] + key[len(begin):]] = value.contiguous()
-    config = config.to_dict() | {"architectures": [model_class.__name__]}
+    text = NARROW | {"vocab_size": len(vocab) + spare, "pad_token_id": None}
+    audio = TOWER | {"initializer_range": 128 ** -0.5}
+    more = {}
     if name == "qwen2.5-omni":
-        config = {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni",
-                  "thinker_config": config}
-        published["talker.model.norm.weight"] = torch.ones(8)
-        published["token2wav.code2wav_bigvgan_model.x"] = torch.ones(8)
-    write_json(os.path.join(folder, "config.json"), config)
-    safetensors.torch.save_file(published, os.path.join(folder, "model.safetensors"),
-                                metadata={"format": "pt"})
-
-
-def tiny_config(name, audio_id, vocab_size):
-    """(class, config) of a backbone of two narrow layers."""
-    text = dict(vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=2 if name == "qwen2-audio" else 1,
-                max_position_embeddings=8192, initializer_range=64 ** -0.5, pad_token_id=None)
-    audio = dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
-                 initializer_range=128 ** -0.5)
-    if name == "qwen2-audio":
-        config = transformers.Qwen2AudioConfig(
-            text_config=text, audio_config=audio, audio_token_index=audio_id)
-        return transformers.Qwen2AudioForConditionalGeneration, config
-    if name == "audio-flamingo-3":
-        config = transformers.AudioFlamingo3Config(
-            text_config=text, audio_config=audio, audio_token_id=audio_id)
-        return transformers.AudioFlamingo3ForConditionalGeneration, config
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6,
-                               "mrope_section": [4, 6, 6]}    # of a head's width / 2
-    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64)
-    config = transformers.Qwen2_5OmniThinkerConfig(
-        text_config=text, audio_config=audio | {"output_dim": 64}, vision_config=vision,
-        audio_token_index=audio_id, image_token_index=1, video_token_index=2,
-        initializer_range=64 ** -0.5)
-    config.vision_start_token_id = 3    # a field of the published config, not of the class
-    return transformers.Qwen2_5OmniThinkerForConditionalGeneration, config
-
-
-def tiny_whisper(folder):
-    """A Whisper of the real window and next to no width, as its makers' folders lie."""
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6,
+                                   "mrope_section": [4, 6, 6]}    # of a head's width / 2
+        audio["output_dim"] = 64
+        more = {"initializer_range": 64 ** -0.5, "vision_config": {
+            "depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64}}
+    model_class = BACKBONES[name].model_class
+    config = model_class.config_class(text_config=text, audio_config=audio, **more)
+    config.audio_token_id = vocab[tokens[0]]
+    config.vision_start_token_id = 3    # a field of Omni's published config, not of the class
     torch.manual_seed(0)
-    config = transformers.WhisperConfig(
-        d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
-        decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=64,
+    model_class(config).save_pretrained(folder)    # by the names of the published files
+    if name == "qwen2.5-omni":    # the published folder is that of the full model
+        path = folder / "model.safetensors"
+        weights = safetensors.torch.load_file(path) | {"talker.model.norm.weight": torch.ones(8)}
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+        with edited_json(folder / "config.json") as full:
+            thinker = dict(full)
+            full.clear()
+            full |= {"model_type": "qwen2_5_omni", "thinker_config": thinker}
+
+
+def tiny_parts(folder):
+    """Writes a Whisper of the real window, and a text model with tied embeddings and no spare
+    rows, for docs/compose.py."""
+    torch.manual_seed(0)
+    transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
+        **TOWER, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=64,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
-        init_std=32 ** -0.5)
-    transformers.WhisperForConditionalGeneration(config).save_pretrained(folder)
-    transformers.WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
-
-
-def tiny_llama(folder):
-    """A text model with tied embeddings, no spare rows and the tokens of ChatML."""
-    torch.manual_seed(0)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocab = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()) + special)}
-    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=special,
-                                            pad_token="<|im_end|>")
-    tokenizer.save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocab), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        max_position_embeddings=8192,
-        num_attention_heads=2, num_key_value_heads=1, initializer_range=64 ** -0.5,
-        tie_word_embeddings=True)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        init_std=32 ** -0.5)).save_pretrained(folder / "whisper")
+    transformers.WhisperFeatureExtractor(feature_size=80).save_pretrained(folder / "whisper")
+    vocab = tiny_tokenizer(folder / "llama")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **NARROW, vocab_size=len(vocab), tie_word_embeddings=True,
+    )).save_pretrained(folder / "llama")
 
 
 @pytest.fixture(scope="session")
@@ -3620,8 +2957,7 @@ def hub(tmp_path_factory):
     """{key of `coat`: (name, model_path)}; tiny has no files"""
     folder = tmp_path_factory.mktemp("hub")
     folders = {"tiny": ("tiny", None), "composed": ("qwen2-audio", str(folder / "composed"))}
-    tiny_whisper(folder / "whisper")
-    tiny_llama(folder / "llama")
+    tiny_parts(folder)
     compose = runpy.run_path(str(HERE / "docs/compose.py"))["compose"]
     compose(str(folder / "whisper"), str(folder / "llama"), str(folder / "composed"))
     for name in REAL:
@@ -3657,33 +2993,10 @@ def written(coat, tmp_path_factory):
     """What `coat` says to a batch, its adapter's folder, and the folder of the merged model."""
     folder = tmp_path_factory.mktemp("written")
     coat.save(folder / "adapter")
-    load_coat(str(folder / "adapter")).merge().save(folder / "merged")
+    load_coat(folder / "adapter").merge().save(folder / "merged")
     batch = build_inputs(coat, [noise(1.0), noise(31, 5)], ["Which?", "Which note is it?"])
     return SimpleNamespace(adapter=str(folder / "adapter"), merged=str(folder / "merged"),
                            batch=batch, said=greedy(coat, batch))
-
-
-@pytest.fixture(scope="session")
-def text_think(hub, tmp_path_factory):
-    """The adapter of Audio Flamingo 3's authors for thinking in text, in its old layout."""
-    name = "audio-flamingo-3"
-    folder = tmp_path_factory.mktemp("think")
-    ours = loaded(name, hub)
-    ours.lm.save_pretrained(folder, save_embedding_layers=False)
-    path = folder / "adapter_model.safetensors"
-    old = {}
-    for key, value in safetensors.torch.load_file(path).items():
-        if "lora" in key:
-            old[key.replace("model.model.language_model", "model.language_model.model")] = value
-    safetensors.torch.save_file(old, path, metadata={"format": "pt"})
-    with edited_json(folder / "adapter_config.json") as config:
-        config["trainable_token_indices"] = None
-    bias = torch.randn(64)
-    torch.save({"base_model.model.multi_modal_projector.linear_2.bias": bias},
-               folder / "non_lora_trainables.bin")
-    ask = ["ask", name, HERE / "assets/clips/cow.flac", "?", "--workers", 0, "--device", "cpu",
-           "--model-path", hub[name][1], "--max-new-tokens", 2, "--json", "--text-think"]
-    return SimpleNamespace(ours=ours, folder=str(folder), bias=bias, ask=ask)
 
 
 @pytest.fixture(scope="session")
@@ -3724,36 +3037,6 @@ def run_card(folder, clip, question):
 def last_logits(coat, batch):
     """(B, V) after the prompt."""
     return coat.hf.lm_head(coat.states(batch)[0][:, -1])
-
-
-@contextlib.contextmanager
-def watched(coat):
-    """A list that grows by "audio tower", and by the length of each input to the language model."""
-    calls = []
-
-    def tower_runs(module, args, kwargs):
-        calls.append("audio tower")
-
-    def language_model_runs(module, args, kwargs):
-        calls.append(kwargs["inputs_embeds"].shape[1])
-
-    inner = coat.hf.model
-    hooks = [inner.audio_tower.register_forward_pre_hook(tower_runs, with_kwargs=True),
-             inner.language_model.register_forward_pre_hook(language_model_runs, with_kwargs=True)]
-    yield calls
-    for hook in hooks:
-        hook.remove()
-
-
-def forward_and_projected(coat, batch):
-    """What `coat` gives for a batch, and what the last module before the language model gave."""
-    inner = coat.hf.model
-    last = inner.audio_tower.proj if coat.name == "qwen2.5-omni" else inner.multi_modal_projector
-    kept = []
-    hook = last.register_forward_hook(lambda module, args, out: kept.append(out))
-    out = coat(batch)
-    hook.remove()
-    return out, kept[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3814,18 +3097,9 @@ def official(cls, **sizes):
     """{official name: filled tensor} of an expert."""
     with torch.device("meta"):
         module = cls(**sizes)
-    filled = {}
-    for key, value in module.state_dict().items():
-        if "num_batches" not in key:
-            name = official_name(module, key)
-            filled[name] = fill(name, value.shape)
-    return filled
-
-
-def official_name(module, key):
-    for pattern, replacement in module.KEYS:
-        key = re.sub(pattern, replacement, key)
-    return key
+    shapes = {module.official(key): value.shape for key, value in module.state_dict().items()
+              if "num_batches" not in key}
+    return {name: fill(name, shape) for name, shape in shapes.items()}
 
 
 @functools.cache
@@ -3935,6 +3209,16 @@ def wav(folder, name, samples, rate=16000, **kwargs):
     return path
 
 
+def cut_in_half(path):
+    os.truncate(path, os.path.getsize(path) // 2)
+    return path
+
+
+def one_row(clip):
+    """A manifest with a row about this clip."""
+    return write_lines(f"{clip}.jsonl", [{"audio": clip, "prompt": "?", "response": "x"}])
+
+
 def jsonl(path, n, **more):
     rows = []
     for i in range(n):
@@ -3965,12 +3249,14 @@ def bad_clips(tmp_path_factory):
     tone = np.sin(t / 20).astype(np.float32) / 2
     (folder / "empty.wav").write_bytes(b"")
     (folder / "text.wav").write_text("this is no sound\n" * 100)
+    write(folder / "x.raw", b"\0" * 32000)
+    wav(folder, "talk.sph", tone, format="NIST", subtype="PCM_16")
     wav(folder, "zero_samples.wav", tone[:0])
     wav(folder, "nan.wav", np.where(t == 8000, np.nan, tone), subtype="FLOAT")
     wav(folder, "short.wav", tone[:320])
     wav(folder, "long.wav", np.zeros(121 * 8000, np.float32), 8000)
-    whole = wav(folder, "cut.flac", np.random.default_rng(0).standard_normal(160000) / 8)
-    os.truncate(whole, os.path.getsize(whole) // 2)
+    wav(folder, "huge.wav", np.where(t == 8000, 1e30, tone), subtype="FLOAT")
+    wav(folder, "int16.wav", 9830 * np.sign(tone), subtype="FLOAT")
     return {name: str(folder / name) for name in BAD_CLIPS}
 
 
@@ -3979,14 +3265,29 @@ def lay_out(root, files):
         write(root / name, content)
 
 
-def iemocap(root, session, labels):
+def convert(capsys, name, root, split=None, **flags):
+    """[rows] and the line with the counts. What is written is read as a manifest, too."""
+    flags = {"audio": None, "prompt": None, "response": "response", "task": "qa", "choices": None,
+             "keep": [], "pitch_class": False, "question": None, "config": None,
+             "clips": "clips"} | flags
+    capsys.readouterr()
+    data.listing.cache_clear()    # files have come since the last conversion
+    data.convert(SimpleNamespace(name=name, root=str(root), split=split, **flags))
+    out, counts = capsys.readouterr()
+    if out:
+        Manifest(write(Path(root).parent / "converted.jsonl", out))
+    return [json.loads(line) for line in out.splitlines()], counts.strip().splitlines()[-1]
+
+
+def iemocap(root, session, labels, clip=None):
     """A dialog of this session, one turn for each label, as IEMOCAP lays it out."""
     dialog = f"Ses0{session}F_impro01"
     text = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
     folder = root / f"Session{session}"
     for i, label in enumerate(labels):
         turn = f"{dialog}_F{i:03}"
-        write(folder / "sentences" / "wav" / dialog / f"{turn}.wav", "")
+        write(folder / "sentences" / "wav" / dialog / f"{turn}.wav",
+              Path(clip).read_bytes() if clip else "")
         text += f"[6.2901 - 8.2357]\t{turn}\t{label}\t[2.5000, 2.5000, 2.5000]\n"
         text += "C-E2:\tNeutral;\t()\n\n"
     write(folder / "dialog" / "EmoEvaluation" / f"{dialog}.txt", text)
@@ -4272,14 +3573,14 @@ def all_five(tmp_path_factory):
 @pytest.fixture(scope="session")
 def mixed_runs(tmp_path_factory):
     """A folder with runs of two stages of two steps over the same rows: batch/, micro_batches/,
-    two_ranks/ and killed/, which lacks its end. The rows are uneven in all ways: first rank 0 gets
-    text alone, then rank 1 a clip of NaN."""
+    two_ranks/ and killed/, which lacks its end. The rows are uneven in all ways: rank 0 gets text
+    alone, rank 1 clips, one of them of NaN."""
     folder = tmp_path_factory.mktemp("mixed")
-    path = manifest(folder, [0.4 + 0.17 * i for i in range(9)] + [2])
-    wav(folder, "9.wav", np.full(32000, np.nan), subtype="FLOAT")
-    text = [{"audio": None, "prompt": "Say " + "it " * i, "response": "yes"} for i in range(6)]
+    path = manifest(folder, [0.4 + 0.17 * i for i in range(7)] + [2])
+    wav(folder, "7.wav", np.full(32000, np.nan), subtype="FLOAT")
+    text = [{"audio": None, "prompt": "Say " + "it " * i, "response": "yes"} for i in range(8)]
     write_lines(path, text + read_lines(path))
-    assert (plan_stage(Manifest(path), 2, 8, 0, 0)[0] < 6).sum() == 6
+    assert ((plan_stage(Manifest(path), 2, 8, 0, 0) < 8) == ([True] * 4 + [False] * 4)).all()
 
     flags = ["--data", path, "--stage", "2:recon,pitch", "--stage", "2:recon", "--batch", 8,
              "--calibrate", 8, "--save-every", 1, "--keep", 9, "--workers", 1]

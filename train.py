@@ -8,7 +8,7 @@ Without --data it trains on synthetic tones. The run folder gets config.json (th
 (a line a step), losses.png and checkpoint-STEP/: a plain PEFT adapter with the tokenizer, the heads
 with the scales of their losses (heads.safetensors), and what a resumed run needs (state.pt).
 
-`forward_backward` is the method; `main` sets up and has the loop over the steps.
+`forward_backward` is the method; `train` has the loop over the steps.
 """
 import argparse
 import contextlib
@@ -42,18 +42,17 @@ from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_ste
                    write_file)
 
 PAPER_STAGES = ["100000:recon", "100000:all"]    # section 3.4
-# Defaults of a backbone. 8 B weights leave little memory. Random weights know nothing to be kept,
-# so tiny learns faster and leans on its answers.
+# 8 B weights leave little memory. Random weights know nothing worth keeping: tiny learns faster.
 LARGE = dict(checkpointing=True, micro_tokens=8192)
 DEFAULTS = {
     "qwen2-audio": LARGE, "qwen2.5-omni": LARGE, "audio-flamingo-3": LARGE,
     "tiny": dict(stage=["100:recon=0.3", "260:recon=0.3,pitch=0.3"], batch=8, lr=2e-3,
                  calibrate=32, threads=1, workers=1),
 }
-# What may differ in a resumed run; of the data, the rows are compared.
-FREE_FLAGS = {"resume", "out", "data", "save_every", "keep", "workers", "device", "heldout"}
-# What the adapter and the heads of a run fit.
-MODEL_FLAGS = ("backbone", "model_path", "head", "head_width", "focal_gamma")
+# What may differ in a resumed run; the rows of --data are compared.
+FREE_FLAGS = {"resume", "out", "data", "save_every", "log_every", "keep", "workers", "device",
+              "heldout"}
+MODEL_FLAGS = ("backbone", "model_path", "head", "head_width", "focal_gamma")    # of --init-from
 MAX_LOST = 5    # steps in a row that cannot be taken
 # Dense bf16 peaks by the vendor's datasheets, FLOP/s, for the log's MFU.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -85,8 +84,8 @@ def build_parser():
     add("--init-from", type=absolute, help="run or checkpoint to take adapter and heads from")
     add("--stage", action="append", help="once a stage: STEPS:EXPERTS[:LR], an expert perhaps with "
         f"its weight: 500:recon,pitch=0.5:2e-4; or all, or none ({' '.join(PAPER_STAGES)})")
-    add("--no-think", action="store_true", help="no thinking block; experts that --stage names "
-        "stand on the audio tokens' own states, without --stage there are none")
+    add("--no-think", action="store_true", help="no thinking block, and no experts; those that "
+        "--stage names stand on the audio tokens' own states")
     add("--head", default="transformer", choices=["transformer", "linear"], help="projection heads")
     add("--head-width", type=COUNT, help="width inside the heads (the backbone's)")
     add("--micro-tokens", type=COUNT, help="most tokens at once on a rank, with padding (all)")
@@ -95,6 +94,7 @@ def build_parser():
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="recompute activations in the backward pass: less memory, more time")
     add("--compile", action="store_true", help="torch.compile each decoder layer")
+    add("--train-projector", action="store_true", help="the audio projector, too")
     add("--random-experts", action="store_true", help="for tests and timing only")
     for task, expert in EXPERTS.items():
         if expert.filename:
@@ -107,13 +107,15 @@ def build_parser():
             ("clip", POSITIVE, 1.0, "largest norm of the gradient"),
             ("w-pitch-aux", in_range(float, 0, 1e9), 1.0, "of the focal-BCE inside L_pitch"),
             ("focal-gamma", in_range(float, 0, 100), 2.0, "of that term; 0 is plain BCE"),
-            ("calibrate", COUNT, 64, "clips that give the scales of the losses: the first of the "
-             "first stage that has audio"),
+            ("calibrate", COUNT, 64, "first clips of stage 1, which give the losses their scales"),
             ("seed", in_range(int, 0, 2 ** 31 - 1), 0, "of new weights and the order of rows"),
             ("save-every", COUNT, 1000, "steps between checkpoints"),
             ("keep", COUNT, 2, "how many checkpoints stay"),
             ("workers", WORKERS, 2, "data processes a rank"),
-            ("heldout", in_range(int, 0, 10 ** 6), 60, "tone questions of a kind, at the end")):
+            ("log-every", COUNT, 10, "steps between lines on the screen; log.jsonl has all"),
+            ("heldout", lambda text: int(text) if text.isdigit() else absolute(text), 60,
+             "rows.jsonl, whose losses are logged at each checkpoint; of tones how many questions "
+             "of a kind are asked at the end")):
         add(f"--{flag}", type=kind, default=default, help=f"{meaning} ({default})")
     return parser
 
@@ -260,7 +262,8 @@ class Student(torch.nn.Module):
 def build(args, tasks, device, checkpoint):
     """CoAT, {task: frozen expert}, heads, and the optimizer; the same weights on every rank."""
     torch.manual_seed(args.seed)
-    coat = load_coat(checkpoint or args.backbone, args.model_path, trainable=True, device=device)
+    coat = load_coat(checkpoint or args.backbone, args.model_path, trainable=True, device=device,
+                     train_projector=args.train_projector)
     coat.think = not args.no_think
     if args.checkpointing:
         coat.checkpoint_activations()
@@ -280,18 +283,6 @@ def build(args, tasks, device, checkpoint):
     return coat, experts, heads, optimizer
 
 
-def distribute(student, optimizer, idle):
-    """The student under DDP. `idle` is a batch of which nothing is learned."""
-    optimizer.zero_grad(set_to_none=True)    # they are parts of the buckets of the stage before
-    student = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
-                                      gradient_as_bucket_view=True)
-    # Its first backward pass decides the order of its buckets, and the order of a sum shows in its
-    # last bit. After an idle pass, a resumed run sums as an uninterrupted one does.
-    sum(student(idle).values()).backward()
-    optimizer.zero_grad(set_to_none=False)
-    return student
-
-
 # --------------------------------------------------------------------------------------------------
 # Rows: those of a stage are a function of (seed, stage), so the step alone says where a run stands
 
@@ -299,27 +290,29 @@ def open_data(args, stages):
     """([source of each stage], [(steps, rows) row numbers of each stage that are this rank's])"""
     n_rows = sum(stage.steps for stage in stages) * args.batch
     opened = {text: open_source(text, n_rows, args.seed) for text in args.data}
+    sources = [opened[text] for text in args.data]
     plans = []
-    for number, (stage, text) in enumerate(zip(stages, args.data)):
-        plan = plan_stage(opened[text], stage.steps, args.batch, args.seed, number)
+    for number, (stage, source) in enumerate(zip(stages, sources)):
+        plan = plan_stage(source, stage.steps, args.batch, args.seed, number)
         plans.append(plan.reshape(stage.steps, WORLD, -1)[:, RANK])
-    for text, source in opened.items():
-        n_rows = sum(stage.steps for stage, of in zip(stages, args.data) if of == text) * args.batch
-        say(f"{source.about}; {n_rows / (len(source) - len(source.skipped)):.1f} epochs")
+        epochs = plan.size / (len(source) - len(source.skipped))
+        say(f"stage {number + 1}: {source.about}; {epochs:.3g} epochs")
         if isinstance(source, Mixture):
-            say("\n".join(source.report(stages[args.data.index(text)].steps * args.batch)))
-    return [opened[text] for text in args.data], plans
+            say("\n".join(source.report(plan.size)))
+    return sources, plans
 
 
 def load_steps(source, plan, collate_step, args, device):
     """Yields ([micro-batches], [InputError of rows left out]) of each step of a plan."""
+    steps = iter(torch.utils.data.DataLoader(
+        Rows(source), batch_sampler=plan.tolist(), num_workers=args.workers,
+        collate_fn=collate_step, pin_memory=device.type == "cuda",
+        worker_init_fn=lambda worker: os.setpgid(0, 0)))    # signals to a group are for the rank
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # torch's raises in the midst of a step
     try:
-        yield from torch.utils.data.DataLoader(
-            Rows(source), batch_sampler=plan.tolist(), num_workers=args.workers,
-            collate_fn=collate_step, pin_memory=device.type == "cuda",
-            worker_init_fn=lambda worker: on_signals(signal.SIG_IGN))    # they are for the rank
+        yield from steps
     except RuntimeError as e:    # a data process was killed
-        STOP.append(e)
+        STOP.append(InputError(str(e)))    # without its frames
         yield [], []
 
 
@@ -334,61 +327,60 @@ def calibrate(student, tasks, source, rows, collate_step, device):
             for task in tasks:
                 clips[task].append(student.targets[task][0])    # (L, E)
     for task, found in clips.items():
-        if found:
-            student.heads.calibrate(task, found)
-        elif rows:
-            raise InputError(f"none of the first {len(rows)} clips can be used")
+        if not found:
+            raise InputError(f"none of the {len(rows)} clips of stage 1 gives {task} its scale")
+        student.heads.calibrate(task, found)
+
+
+def millions(parameters):
+    return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
 
 
 def rehearse(student, sources, plans, collate_step, device):
     """The step with the longest row of the run, of which nothing is learned: what does not fit in
     memory says so now, and not in a week."""
-    steps = [(source, plan[source.lengths[plan].max(1).argmax()])
-             for source, plan in zip(sources, plans)]
-    source, rows = max(steps, key=lambda step: step[0].lengths[step[1]].max())
+    source, plan = max(zip(sources, plans), key=lambda of: of[0].lengths[of[1]].max())
+    rows = plan[source.lengths[plan].max(1).argmax()]
     for batch in collate_step([Rows(source)[row] for row in rows.tolist()])[0]:
         sum(student(to_device(batch, device)).values()).backward()
 
 
 # --------------------------------------------------------------------------------------------------
-# The run folder
+# The run folder, and a step
 
 def claim_folder(args):
     """Makes the run folder -> a lock that keeps other runs out of it."""
-    if RANK == 0:
-        os.makedirs(args.out, exist_ok=True)
-        if checkpoint_steps(args.out) and not args.resume:
-            raise InputError(f"'{args.out}' holds a run; give --resume or another --out")
-        lock = FileLock(os.path.join(args.out, ".lock"))
-        return lock.acquire(timeout=15)    # the data processes of a killed run end in some seconds
+    os.makedirs(args.out, exist_ok=True)
+    if checkpoint_steps(args.out) and not args.resume:
+        raise InputError(f"'{args.out}' holds a run; give --resume or another --out")
+    if RANK > 0:
+        return contextlib.nullcontext()
+    # The data processes of a killed run need some seconds to end.
+    return FileLock(os.path.join(args.out, ".lock")).acquire(timeout=15)
 
 
 def save(args, progress, coat, heads, optimizer):
     """checkpoint-STEP, whole or not at all: it gets its name last. Rank 0 writes."""
     final = os.path.join(args.out, f"checkpoint-{progress['step']}")
-    if RANK or os.path.exists(final):
+    if RANK > 0 or os.path.exists(final):
         return
     new = final + ".tmp"
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        coat.save(new)
-        safetensors.torch.save_model(heads, os.path.join(new, "heads.safetensors"))
-        torch.save({"progress": progress, "optimizer": optimizer.state_dict()},
-                   os.path.join(new, "state.pt"))
-        os.rename(new, final)
-    except BaseException:    # such as a full disk
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+    shutil.rmtree(new, ignore_errors=True)    # of a kill, or a full disk
+    coat.save(new)
+    safetensors.torch.save_model(heads, os.path.join(new, "heads.safetensors"))
+    state = {"progress": progress, "optimizer": optimizer.state_dict()}
+    torch.save(state, os.path.join(new, "state.pt"))
+    os.rename(new, final)
     for old in checkpoint_steps(args.out)[:-args.keep]:
         shutil.rmtree(os.path.join(args.out, f"checkpoint-{old}"))
 
 
 def load_heads(heads, checkpoint):
-    """Loads the heads, with their scales, that a checkpoint has -> their tasks."""
+    """Loads the heads, with their scales, that a checkpoint has -> names of what is loaded."""
     weights = safetensors.torch.load_file(os.path.join(checkpoint, "heads.safetensors"))
     known = {name: weights[name] for name in heads.state_dict() if name in weights}
     heads.load_state_dict(known, strict=False)
-    return {name.split(".")[0] for name in known}
+    return known
 
 
 def load_progress(optimizer, checkpoint, device):
@@ -402,13 +394,10 @@ def load_progress(optimizer, checkpoint, device):
 
 
 def read_log(path, last_step):
-    """The lines of log.jsonl up to a step. A kill may have cut one."""
-    lines = []
+    """The lines of log.jsonl up to a step, without one that a kill has cut."""
     with open(path, "a+") as file:
         file.seek(0)
-        for text in file:
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
+        lines = [json.loads(text) for text in file.read().splitlines() if text.endswith("}")]
     return [line for line in lines if line["step"] <= last_step]
 
 
@@ -417,18 +406,17 @@ def draw(lines, path):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for name in ("ce", *(term for task in EXPERTS for term in terms(task))):
+    names = ["ce", *(term for task in EXPERTS for term in terms(task))]
+    for name in names + [f"heldout_{name}" for name in names]:
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
             pieces = np.array_split(points, min(300, len(points)))
-            axes.semilogy(*np.transpose([piece.mean(0) for piece in pieces]), label=name)
+            style = "o--" if name.startswith("heldout") else "-"
+            axes.semilogy(*np.transpose([piece.mean(0) for piece in pieces]), style, label=name)
     axes.set(xlabel="step", ylabel="ce: nats a token; experts: 1 is the best constant")
     axes.legend()
     figure.savefig(path, dpi=80)
 
-
-# --------------------------------------------------------------------------------------------------
-# A step
 
 def learning_rate(stage, i, warmup):
     """Of step i of a stage: a straight rise, then a cosine to zero."""
@@ -438,9 +426,9 @@ def learning_rate(stage, i, warmup):
     return stage.lr * (0.5 + 0.5 * math.cos(math.pi * (i - warm) / (stage.steps - warm)))
 
 
-def count(batches, **more):
-    """What a step holds over all ranks, and the sums of `more`."""
-    n = dict(targets=0, frames=0, tokens=0, slots=0, seconds=0) | more
+def count(batches):
+    """What micro-batches hold."""
+    n = dict(targets=0, frames=0, tokens=0, slots=0, seconds=0)
     for batch in batches:
         if batch["rows"]:
             n["targets"] += (batch["labels"][:, 1:] != IGNORE).sum().item()
@@ -448,17 +436,14 @@ def count(batches, **more):
             n["tokens"] += batch["attention_mask"].sum().item()
             n["slots"] += batch["input_ids"].numel()    # with padding
             n["seconds"] += batch["seconds"]
-    return sum_over_ranks(n)
+    return n
 
 
 def forward_backward(student, batches, n, weights, device):
     """{"loss", "ce", and the experts' terms} of a step over all ranks; leaves the gradients.
 
-    Each is a sum over the global batch divided by its count over the global batch, so that it does
-    not matter how the rows are cut into micro-batches and ranks.
-
-    n           what `count` says of the step
-    weights     {term: w_k}"""
+    Each is a sum over the global batch divided by its count over the global batch (n), so that it
+    does not matter how the rows are cut into micro-batches and ranks. weights: {term: w_k}"""
     sums = Counter()
     for batch in batches:
         last = batch is batches[-1]    # only the last micro-batch exchanges gradients
@@ -475,8 +460,21 @@ def forward_backward(student, batches, n, weights, device):
     return sum_over_ranks(dict(zip(sums, torch.stack(list(sums.values())).tolist())))
 
 
-# --------------------------------------------------------------------------------------------------
-# Does it hear?
+@torch.no_grad()
+def heldout_losses(student, source, weights, collate_step, batch_size, device):
+    """{"heldout_ce", and of the terms in `weights`}: means over rows that are not trained on."""
+    rows = np.argsort(source.lengths, kind="stable")[RANK::WORLD].tolist()
+    sums = Counter()
+    for i in range(0, len(rows), batch_size):
+        batches, _ = collate_step([Rows(source)[row] for row in rows[i:i + batch_size]])
+        sums.update(count(batches))
+        for batch in batches:
+            losses = student(to_device(batch, device))
+            sums.update({name: loss.item() for name, loss in losses.items()})
+    sums = sum_over_ranks({name: sums[name] for name in ("targets", "frames", "ce", *weights)})
+    return {f"heldout_{name}": sums[name] / max(1, sums["targets" if name == "ce" else "frames"])
+            for name in ("ce", *weights)}
+
 
 def ask_heldout(coat, kinds, args):
     """Held-out questions about tones and, as a control, the same over another row's clip."""
@@ -503,38 +501,22 @@ def ask_heldout(coat, kinds, args):
         f"  python infer.py ask {args.out} {clip} \"{question}\"")
 
 
-# --------------------------------------------------------------------------------------------------
-
-def main():
-    one_line_errors(less_memory="--micro-tokens 2048, --checkpointing or --head-width 1024")
-    if WORLD > 1:    # rank 0 calibrates and saves while the others wait
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    args, checkpoint = together(read_flags)
-    stages = [parse_stage(text, args) for text in args.stage]
+def train(args, stages, device, sources, plans, config, checkpoint):
+    """All stages, step by step (section 3.4)."""
     total_steps = sum(stage.steps for stage in stages)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = args.device
-    if WORLD > 1 and args.device != "cpu" and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = together(usable_device, device, args.backbone)
-    sources, plans = together(open_data, args, stages)
-    config = {"flags": vars(args), "rows": [fingerprint(source) for source in sources],
-              "world": WORLD, "torch": torch.__version__}
-    if any(rows != config["rows"] for rows in gather(config["rows"])):
-        raise InputError("the ranks find different rows or audio; give all of them the same files")
-    held = together(claim_folder, args)    # to the end of the process
-
     tasks = list(dict.fromkeys(task for stage in stages for task in stage.tasks))
     coat, experts, heads, optimizer = together(build, args, tasks, device, checkpoint)
     rates = {expert.sample_rate for expert in experts.values()} - {None}
     collate_step = functools.partial(collate, spec=coat.spec, rates=rates, think=coat.think,
                                      micro_tokens=args.micro_tokens)
-    say(f"{args.backbone} on {WORLD} x {device}: {sum(p.numel() for p in coat.parameters()):,} "
-        f"weights; heads {sum(p.numel() for p in heads.parameters()):,} ({', '.join(tasks)})\n"
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    flops = 4 * coat.decoder_weights    # a token: forward, and backward to activations alone
+    say(f"{args.backbone} on {WORLD} x {device}: {millions(coat.parameters())} weights, heads "
+        f"{millions(heads.parameters())} ({', '.join(tasks)}), {millions(params)} trained; "
+        f"{flops / 1e9:.3g} GFLOP a token\n"
         f"{total_steps} steps of {args.batch} rows, to {args.out}")
     known = together(load_heads, heads, checkpoint) if checkpoint else ()
+    progress = {"step": 0, "skipped": sum(len(s.skipped) for s in set(sources)), "lost": 0}
     if args.resume:
         began = read_json(os.path.join(args.resume, "config.json"))
         if began["rows"] != config["rows"]:
@@ -544,16 +526,15 @@ def main():
             if began[what] != config[what]:
                 say(f"!! not bit for bit: {what} was {began[what]}, now {config[what]}")
         progress = together(load_progress, optimizer, checkpoint, device)
+        if progress["step"] == total_steps:
+            say("this run is finished; no step is left")
     else:
-        # Rows that could not be used and steps that could not be taken are counted.
-        progress = {"step": 0, "skipped": sum(len(s.skipped) for s in set(sources)), "lost": 0}
-        source = next((source for source in sources if source.lengths.any()), sources[0])
         most = max(stage.steps for stage in stages)
-        rows = plan_stage(source, most, args.batch, args.seed, sources.index(source)).ravel()
-        rows = list(dict.fromkeys(rows[source.lengths[rows] > 0].tolist()))    # each clip once
-        new = [task for task in tasks if task not in known and RANK == 0]
-        together(calibrate, Student(coat, heads, experts), new, source, rows[:args.calibrate],
-                 collate_step, device)
+        rows = plan_stage(sources[0], most, args.batch, args.seed, 0).ravel()
+        rows = list(dict.fromkeys(rows[sources[0].lengths[rows] > 0].tolist()))    # each clip once
+        new = [task for task in tasks if f"{task}.out.weight" not in known and RANK == 0]
+        together(calibrate, Student(coat, heads, experts), new, sources[0],
+                 rows[:args.calibrate], collate_step, device)
         for tensor in heads.state_dict().values() if WORLD > 1 else ():
             dist.broadcast(tensor, 0)
         if RANK == 0:
@@ -566,34 +547,46 @@ def main():
     lines = read_log(log_path, progress["step"])
     if RANK == 0:    # what came after the checkpoint is done again
         write_file(log_path, "".join(json.dumps(line) + "\n" for line in lines))
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    idle = to_device(idle_batch(coat.spec, rates), device)
     chip = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((flops for name, flops in PEAKS.items() if name in chip), None)
+    heldout_rows = None
+    if isinstance(args.heldout, str):
+        heldout_rows = together(open_source, args.heldout)
+        say(f"held out: {heldout_rows.about}")
     lost_in_a_row = 0
     begin = time.time()
     first_step = progress["step"]
+    bar = tqdm(total=total_steps, initial=first_step, dynamic_ncols=True,
+               disable=RANK > 0 or not sys.stderr.isatty())
     on_signals(lambda number, frame: STOP.append(number))
 
     for number, stage in enumerate(stages):
-        first = progress["step"] - sum(before.steps for before in stages[:number])
-        if first >= stage.steps:
+        i = progress["step"] - sum(before.steps for before in stages[:number])
+        if not 0 <= i < stage.steps:
             continue
         student = Student(coat, heads, {task: experts[task] for task in stage.tasks})
+        trained = student
         if WORLD > 1:
-            student = distribute(student, optimizer, idle)
-        steps = load_steps(sources[number], plans[number][first:], collate_step, args, device)
+            optimizer.zero_grad(set_to_none=True)    # they are parts of the last stage's buckets
+            trained = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
+                                              gradient_as_bucket_view=True)
+            # The first backward pass decides the order of the buckets, which shows in the last bit.
+            # After an idle one, a resumed run sums as an uninterrupted one does.
+            sum(trained(to_device(idle_batch(coat.spec, rates), device)).values()).backward()
+            optimizer.zero_grad(set_to_none=False)
+        plan = plans[number][i:]
         t0 = time.time()
-        for i, (batches, left_out) in enumerate(steps, first):
+        for batches, left_out in load_steps(sources[number], plan, collate_step, args, device):
             t1 = time.time()
             for reason in left_out:
                 say(f"skipped: {reason}", each=True)
-            n = count(batches, stop=len(STOP), skipped=len(left_out))
+            n = sum_over_ranks(count(batches) | {"stop": len(STOP), "skipped": len(left_out)})
             if n["stop"]:
                 break
-            losses = forward_backward(student, batches, n, stage.weights, device)
+            losses = forward_backward(trained, batches, n, stage.weights, device)
             norm = torch.nn.utils.clip_grad_norm_(params, args.clip).item()
             lr = learning_rate(stage, i, args.warmup)
+            i += 1
             progress["step"] += 1
             progress["skipped"] += n["skipped"]
             if n["targets"] and math.isfinite(norm + sum(losses.values())):
@@ -605,9 +598,8 @@ def main():
                 progress["lost"] += 1
                 lost_in_a_row += 1
                 rows = [row["row"] for batch in batches for row in batch["rows"]]
-                why = f"step {progress['step']} is left out: the loss of rows {rows} is not finite"
-                if not n["targets"]:
-                    why = f"step {progress['step']} is left out: none of its rows can be used"
+                why = f"the loss of rows {rows} is not finite" if rows else "no row can be used"
+                why = f"step {progress['step']} is left out: {why}"
                 say(f"!! {why}", each=True)
                 losses, norm = dict.fromkeys(losses), None
                 if lost_in_a_row == MAX_LOST:
@@ -622,23 +614,29 @@ def main():
                 "tokens_per_s": n["tokens"] / took, "audio_s_per_s": n["seconds"] / took,
                 "padding": 1 - n["tokens"] / max(1, n["slots"]), "data_wait": (t1 - t0) / took}
             if device.type == "cuda":
-                # Forward, and backward to the activations but not to the frozen weights: 4 FLOPs.
-                flops = 4 * coat.decoder_weights * n["tokens"] / took / WORLD
-                line["mfu"] = peak and flops / peak
+                line["mfu"] = peak and flops * n["tokens"] / took / WORLD / peak
                 line["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+            saves = progress["step"] % args.save_every == 0 or progress["step"] == total_steps
+            if saves and heldout_rows:
+                line |= heldout_losses(student, heldout_rows, stage.weights, collate_step,
+                                       args.batch // WORLD, device)
             lines.append(line)
-            eta = (time.time() - begin) / (line["step"] - first_step) * (total_steps - line["step"])
-            cells = [f"{key} {value:.3g}" for key, value in line.items()
-                     if value is not None and key not in progress]
-            say(" ".join([f"step {line['step']}/{total_steps}", *cells, f"eta {eta:.0f} s"]))
+            if saves or progress["step"] % args.log_every == 0:
+                eta = (time.time() - begin) / (progress["step"] - first_step)
+                eta *= total_steps - progress["step"]
+                cells = [f"{key} {value:.3g}" for key, value in line.items()
+                         if value is not None and key not in progress]
+                say(f"step {progress['step']}/{total_steps} {' '.join(cells)} eta {eta:.0f} s")
+            bar.update()
             if RANK == 0:
                 with open(log_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
-            if line["step"] % args.save_every == 0 and line["step"] < total_steps:
+            if saves:
                 together(save, args, progress, coat, heads, optimizer)
             t0 = time.time()
     together(save, args, progress, coat, heads, optimizer)
     on_signals(signal.SIG_DFL)
+    bar.close()
 
     go_on = f"after step {progress['step']}; go on with: python train.py --resume {args.out}"
     for reason in STOP:
@@ -649,8 +647,30 @@ def main():
         kinds = [source.kinds for source in sources if isinstance(source, Tones)]
         if progress["step"] < total_steps:
             say(f"stopped {go_on}")
-        elif kinds and args.heldout:
+        elif kinds and args.heldout and not heldout_rows:
             ask_heldout(coat, kinds[0], args)
+
+
+def main():
+    one_line_errors(less_memory="--micro-tokens 2048, --checkpointing or --head-width 1024")
+    if WORLD > 1:    # rank 0 calibrates and saves while the others wait
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    args, checkpoint = together(read_flags)
+    stages = [parse_stage(text, args) for text in args.stage]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name = args.device
+    if WORLD > 1 and name != "cpu" and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = together(usable_device, name, args.backbone)
+    sources, plans = together(open_data, args, stages)
+    config = {"flags": vars(args), "rows": [fingerprint(source) for source in sources],
+              "world": WORLD, "torch": torch.__version__}
+    if any(rows != config["rows"] for rows in gather(config["rows"])):
+        raise InputError("the ranks find different rows or audio; give all of them the same files")
+    with together(claim_folder, args):
+        train(args, stages, device, sources, plans, config, checkpoint)
     if WORLD > 1:
         dist.destroy_process_group()
 
