@@ -251,12 +251,6 @@ def test_row_is_the_published_prompt_and_the_block(coat, seconds, n_audio):
         HEADER + clip + " What is it?\n <|im_end|>\n<|im_start|>assistant\n" + block)
 
 
-def test_closed_form_of_L_a_is_that_of_the_towers():
-    frames = np.arange(3, 3001)
-    of_tower = [((f - 1) // 2 + 1 - 2) // 2 + 1 for f in frames]
-    assert [n_audio_tokens(160 * f) for f in frames] == of_tower
-
-
 def test_special_tokens_in_a_text_are_refused(coat):
     for token in (coat.backbone.audio_token, THINK, "<|im_end|>", "<|endoftext|>"):
         for prompt, response in ((f"what is {token}?", "yes"), ("what?", token)):
@@ -328,7 +322,7 @@ def test_bf16_trains_as_fp32_does_and_merges_with_one_rounding(coat, hub):
     rows = [noise(1.0), None, noise(3.0)], ["?", "hi", "what?"], ["yes", "no", "so"]
     with torch.no_grad():
         want = coat(build_inputs(coat, *rows))
-    low = loaded(coat.where, hub, dtype=torch.bfloat16)
+    low = loaded(coat.name, hub, dtype=torch.bfloat16)
     batch = build_inputs(low, *rows)
     with torch.autocast("cpu", torch.bfloat16):    # as train.py runs it on a GPU
         out = low(batch)
@@ -373,21 +367,15 @@ def test_transformers_generate_says_the_same_and_neither_warns(coat, recwarn):
     assert torch.equal(said, theirs[:, batch["input_ids"].shape[1]:])
 
 
-@pytest.mark.parametrize("think", [True, False])
-def test_batch_answers_each_row_as_it_is_answered_alone(coat, rows, think):
-    together = greedy(coat, build_inputs(coat, *rows[:2], think=think), 6, stop=True)
-    for i, (wave, prompt) in enumerate(zip(*rows[:2])):
-        alone = greedy(coat, build_inputs(coat, [wave], [prompt], think=think), 6, stop=True)[0]
-        assert together[i, :len(alone)].tolist() == alone.tolist()
-
-
-def test_answer_takes_numpy_or_torch_at_any_rate_and_lists(coat):
+def test_answer_takes_numpy_or_torch_at_any_rate_and_lists_as_it_takes_each_alone(coat):
     wave = torchaudio.functional.resample(noise(1.0), 16000, 44100)
-    heard = at_rate(wave, 44100, 16000)
-    want = coat.generate(build_inputs(coat, [heard, None], ["Which?", "Hello"]), 6)
-    clips = [wave.double().numpy(), None]
-    assert coat.answer(clips, [44100, None], ["Which?", "Hello"], 6) == want
-    assert coat.answer(wave, 44100, "Which?", max_new_tokens=6) == want[0]
+    clips = [wave.double().numpy(), noise(2.2, 5), None]
+    said = coat.answer(clips, [44100, 16000, None], ["Which?", "Which note is it?", "Hello"], 6)
+    assert said == [coat.answer(wave, 44100, "Which?", 6),
+                    coat.answer(clips[1].numpy(), 16000, "Which note is it?", 6),
+                    coat.answer(None, None, "Hello", max_new_tokens=6)]
+    batch = build_inputs(coat, [at_rate(wave, 44100, 16000)], ["Which?"])
+    assert coat.generate(batch, 6) == said[:1]
 
 
 def test_thinking_tokens_are_never_said(coat):
@@ -427,7 +415,7 @@ def test_lora_sits_on_the_language_model_alone_and_a_new_projector_is_trained_wh
     trained = {name for name, p in coat.named_parameters() if p.requires_grad}
     layers = coat.hf.config.get_text_config().num_hidden_layers
     projector = {name for name in trained if ".multi_modal_projector.modules_to_save." in name}
-    assert len(projector) == len(coat.new_projector) == (2 if coat.where == "composed" else 0)
+    assert len(projector) == len(coat.new_projector) == (2 if coat.name == "qwen2-audio" else 0)
     trained -= projector
     assert len(trained) == layers * 7 * 2 + 1    # A and B of each linear map, and the three rows
     assert all(".language_model." in name for name in trained)
@@ -435,28 +423,14 @@ def test_lora_sits_on_the_language_model_alone_and_a_new_projector_is_trained_wh
 
 def test_new_rows_start_as_the_mean_of_the_used_ones_and_a_table_with_room_keeps_its_size(
         coat, hub):
-    spare = {"tiny": 58, "composed": 0} | {name: layout[1] for name, layout in LAYOUTS.items()}
-    plain = load_coat(*hub[coat.where])
+    spare = {"tiny": 58} | {name: layout[1] for name, layout in LAYOUTS.items()}
+    plain = load_coat(coat.name, hub[coat.name])
     used = len(plain.processor.tokenizer) - 3
     assert plain.think_ids == [used, used + 1, used + 2]
     for table in (plain.hf.get_input_embeddings().weight, plain.hf.get_output_embeddings().weight):
         assert len(table) == plain.hf.config.get_text_config().vocab_size
-        assert len(table) == used + max(3, spare[coat.where])
+        assert len(table) == used + max(3, spare[coat.name])
         assert_close(table[plain.think_ids], table[:used].mean(0).expand(3, -1))
-
-
-def test_adapter_is_plain_peft(coat, hub, written):
-    plain = load_coat(*hub[coat.where])
-    plain.lm = peft.PeftModel.from_pretrained(plain.lm, written.adapter)
-    assert torch.equal(greedy(plain, written.batch), written.said)
-
-
-def test_merged_folder_is_plain_transformers(coat, written):
-    batch = written.batch
-    theirs = BACKBONES[coat.name].model_class.from_pretrained(written.merged).generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **batch["audio"],
-        max_new_tokens=8)    # the rest is in its generation_config.json
-    assert torch.equal(theirs[:, batch["input_ids"].shape[1]:], greedy(coat, batch, stop=True))
 
 
 def test_run_a_checkpoint_and_a_merged_folder_are_loaded_by_their_path_from_anywhere(
@@ -481,7 +455,7 @@ def test_adapter_cards_lines_with_peft_alone_say_what_it_says(coat, written, tmp
 
 @pytest.mark.parametrize("folder", ["adapter", "merged"])
 def test_saved_template_asks_for_the_block_and_writes_it(coat, written, folder):
-    template = (Path(getattr(written, folder)) / "chat_template.jinja").read_text()
+    template = (getattr(written, folder) / "chat_template.jinja").read_text()
     clip, text = {"type": "audio"}, {"type": "text", "text": "Which?"}
 
     def render(content, ask=True, **kwargs):
@@ -501,12 +475,18 @@ def test_saved_template_asks_for_the_block_and_writes_it(coat, written, folder):
             render(content)
 
 
-def test_batch_in_plain_transformers_says_what_each_clip_gets_alone(coat, written):
+def test_merged_folder_is_plain_transformers_whose_batch_says_what_each_clip_gets_alone(
+        coat, written):
     """Padded on the left, with a block of its own for each clip."""
+    plain = BACKBONES[coat.name].model_class.from_pretrained(written.merged)
+    batch = written.batch
+    ids = plain.generate(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **batch["audio"],
+        max_new_tokens=8)    # the rest is in its generation_config.json
+    assert torch.equal(ids[:, batch["input_ids"].shape[1]:], greedy(coat, batch, stop=True))
     if coat.name == "qwen2.5-omni":
         pytest.skip("its own processor cannot be built without torchvision")
     processor = transformers.AutoProcessor.from_pretrained(written.merged)
-    merged = load_coat(written.merged)
     waves = [noise(1.0), noise(2.2, 5)]
     chats = [[{"role": "user", "content": [
         {"type": "audio", "n_audio": n_audio_tokens(len(wave))},
@@ -514,42 +494,53 @@ def test_batch_in_plain_transformers_says_what_each_clip_gets_alone(coat, writte
     prompts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     inputs = processor(text=prompts, audio=[wave.numpy() for wave in waves], return_tensors="pt",
                        sampling_rate=16000, text_kwargs={"padding": True})
-    ids = merged.hf.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1]:]
+    ids = plain.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1]:]
     said = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    assert said == [merged.answer(wave, 16000, "Which?", 6) for wave in waves]
+    assert said == [coat.answer(wave, 16000, "Which?", 6) for wave in waves]
 
 
 def test_omni_is_loaded_without_its_vision_blocks_and_talker(hub):
-    coat = loaded("qwen2.5-omni", hub)
+    coat = load_coat("qwen2.5-omni", hub["qwen2.5-omni"])
     names = [name for name, _ in coat.named_parameters()]
     assert not any("visual.blocks" in name or "talker" in name for name in names)
-    assert not hasattr(coat.processor, "image_processor")
 
 
-def test_text_thinking_adapter_of_the_old_layout_is_loaded_whole(hub, tmp_path):
+def test_composed_backbone_knows_what_its_text_model_knows(tmp_path):
+    """docs/compose.py: a Whisper of the real window, a text model without spare rows."""
+    whisper, llama, folder = (str(tmp_path / name) for name in ("whisper", "llama", "small"))
+    transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
+        **TOWER, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
+    )).save_pretrained(whisper)
+    transformers.WhisperFeatureExtractor(feature_size=80).save_pretrained(whisper)
+    vocab = tiny_tokenizer(llama)
+    text_model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **NARROW, vocab_size=len(vocab), tie_word_embeddings=True)).eval()
+    text_model.save_pretrained(llama)
+    runpy.run_path(str(HERE / "docs/compose.py"))["compose"](whisper, llama, folder)
+
+    coat = load_coat("qwen2-audio", folder)
+    batch = build_inputs(coat, [None], ["Hello"])
+    with torch.no_grad():
+        logits = text_model(batch["input_ids"]).logits[:, -1]
+        assert_close(last_logits(coat, batch)[:, :len(vocab)], logits)
+        heard = coat(build_inputs(coat, [noise(1.0)], ["?"])).audio_embeds
+    assert 0.3 < heard.std() / text_model.get_input_embeddings().weight.std() < 3
+
+
+def test_text_thinking_adapter_of_the_old_layout_is_loaded_whole(hub, text_think, tmp_path):
     """Audio Flamingo 3's own, from before transformers 5."""
-    ours = loaded("audio-flamingo-3", hub)
-    ours.lm.save_pretrained(tmp_path, save_embedding_layers=False)
-    path = tmp_path / "adapter_model.safetensors"
-    old = {key.replace("model.model.language_model", "model.language_model.model"): value
-           for key, value in safetensors.torch.load_file(path).items() if "lora" in key}
-    safetensors.torch.save_file(old, path, metadata={"format": "pt"})
-    with edited_json(tmp_path / "adapter_config.json") as config:
-        config["trainable_token_indices"] = None
-    bias = torch.randn(64)
-    place = "base_model.model.multi_modal_projector.linear_2.bias"
-    torch.save({place: bias}, tmp_path / "non_lora_trainables.bin")
-
-    thinking = model.load_text_think("audio-flamingo-3", tmp_path, hub["audio-flamingo-3"][1])
-    want = ours.merge().hf.state_dict()
+    name = "audio-flamingo-3"
+    want = text_think.ours.merge().hf.state_dict()
+    thinking = model.load_text_think(name, text_think.folder, hub[name])
     for key, value in thinking.hf.state_dict().items():
         if key.endswith("multi_modal_projector.linear_2.bias"):
-            assert torch.equal(value, bias)
+            assert torch.equal(value, text_think.bias)
         elif "embed_tokens" not in key and "lm_head" not in key:    # ours has trained rows there
             assert_close(value, want[key])
-    torch.save({"elsewhere.bias": bias}, tmp_path / "non_lora_trainables.bin")
+    torch.save({"elsewhere.bias": text_think.bias}, tmp_path / "non_lora_trainables.bin")
     with pytest.raises(InputError, match="elsewhere.bias"):
-        model.load_text_think("audio-flamingo-3", tmp_path, hub["audio-flamingo-3"][1])
+        model.load_text_think(name, tmp_path, hub[name])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2493,7 +2484,7 @@ def test_bench_trains_every_way_and_times_each_expert(shipped):
 def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, content, words):
     """None: it is not there. A dict: what changes in it."""
     folder = tmp_path / "model"
-    shutil.copytree(hub["qwen2-audio"][1], folder)
+    shutil.copytree(hub["qwen2-audio"], folder)
     if content is None:
         os.remove(folder / file)
     elif isinstance(content, bytes):
@@ -2519,7 +2510,7 @@ def test_name_of_nothing_names_what_there_is(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("part", ["audio_tower.conv2.weight", "layers.1.mlp.up_proj", "lm_head"])
 def test_states_that_are_no_numbers_are_an_error_and_no_answer(part, hub):
-    coat = load_coat(*hub["qwen2-audio"])
+    coat = load_coat("qwen2-audio", hub["qwen2-audio"])
     name = next(name for name, _ in coat.hf.named_parameters() if part in name)
     coat.hf.get_parameter(name).data.view(-1)[0] = math.nan
     with pytest.raises(InputError, match="NaN"):
@@ -2562,9 +2553,6 @@ def test_any_exception_ends_a_program_in_one_line(error, words, capsys, monkeypa
     model.one_line_errors(less_memory="care")
     sys.excepthook(type(error), error, None)
     assert capsys.readouterr().err == words
-    monkeypatch.setenv("COAT_TRACEBACK", "1")
-    sys.excepthook(type(error), error, None)
-    assert type(error).__name__ in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2937,48 +2925,30 @@ def tiny_hub(name, folder):
             full |= {"model_type": "qwen2_5_omni", "thinker_config": thinker}
 
 
-def tiny_parts(folder):
-    """Writes a Whisper of the real window, and a text model with tied embeddings and no spare
-    rows, for docs/compose.py."""
-    torch.manual_seed(0)
-    transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
-        **TOWER, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=64,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
-        init_std=32 ** -0.5)).save_pretrained(folder / "whisper")
-    transformers.WhisperFeatureExtractor(feature_size=80).save_pretrained(folder / "whisper")
-    vocab = tiny_tokenizer(folder / "llama")
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **NARROW, vocab_size=len(vocab), tie_word_embeddings=True,
-    )).save_pretrained(folder / "llama")
-
-
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
-    """{key of `coat`: (name, model_path)}; tiny has no files"""
-    folder = tmp_path_factory.mktemp("hub")
-    folders = {"tiny": ("tiny", None), "composed": ("qwen2-audio", str(folder / "composed"))}
-    tiny_parts(folder)
-    compose = runpy.run_path(str(HERE / "docs/compose.py"))["compose"]
-    compose(str(folder / "whisper"), str(folder / "llama"), str(folder / "composed"))
+    """{name: model_path}, None for tiny, which has no files"""
+    folders = {"tiny": None}
     for name in REAL:
-        folders[name] = name, str(folder / name)
-        tiny_hub(name, folder / name)
+        folder = tmp_path_factory.mktemp(name)
+        tiny_hub(name, folder)
+        folders[name] = str(folder)
     return folders
 
 
-def loaded(key, hub, **kwargs):
-    """A CoAT with adapters that do something (a fresh LoRA is zero)."""
+def loaded(name, hub, **kwargs):
+    """A CoAT with adapters that do something (a fresh LoRA is zero); one trains its projector."""
     torch.manual_seed(1)
-    coat = load_coat(*hub[key], trainable=True, train_projector=key == "composed", **kwargs)
-    coat.where = key
+    coat = load_coat(name, hub[name], trainable=True,
+                     train_projector=name == "qwen2-audio", **kwargs)
     with torch.no_grad():
-        for name, p in coat.named_parameters():
-            if "lora_B" in name or "trainable_tokens_delta" in name:
+        for key, p in coat.named_parameters():
+            if "lora_B" in key or "trainable_tokens_delta" in key:
                 p.add_(0.05 * torch.randn_like(p))
     return coat.eval()
 
 
-@pytest.fixture(scope="session", params=[*BACKBONES, "composed"])
+@pytest.fixture(scope="session", params=BACKBONES)
 def coat(request, hub):
     return loaded(request.param, hub)
 
@@ -2995,8 +2965,26 @@ def written(coat, tmp_path_factory):
     coat.save(folder / "adapter")
     load_coat(folder / "adapter").merge().save(folder / "merged")
     batch = build_inputs(coat, [noise(1.0), noise(31, 5)], ["Which?", "Which note is it?"])
-    return SimpleNamespace(adapter=str(folder / "adapter"), merged=str(folder / "merged"),
-                           batch=batch, said=greedy(coat, batch))
+    return SimpleNamespace(adapter=folder / "adapter", merged=folder / "merged", batch=batch,
+                           said=greedy(coat, batch))
+
+
+@pytest.fixture(scope="session")
+def text_think(hub, tmp_path_factory):
+    """The adapter of Audio Flamingo 3's authors for thinking in text, in its old layout."""
+    folder = tmp_path_factory.mktemp("think")
+    ours = loaded("audio-flamingo-3", hub)
+    ours.lm.save_pretrained(folder, save_embedding_layers=False)
+    path = folder / "adapter_model.safetensors"
+    old = {key.replace("model.model.language_model", "model.language_model.model"): value
+           for key, value in safetensors.torch.load_file(path).items() if "lora" in key}
+    safetensors.torch.save_file(old, path, metadata={"format": "pt"})
+    with edited_json(folder / "adapter_config.json") as config:
+        config["trainable_token_indices"] = None
+    bias = torch.randn(64)
+    torch.save({"base_model.model.multi_modal_projector.linear_2.bias": bias},
+               folder / "non_lora_trainables.bin")
+    return SimpleNamespace(ours=ours, folder=str(folder), bias=bias)
 
 
 @pytest.fixture(scope="session")
