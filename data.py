@@ -1,8 +1,8 @@
 """Audio, rows, the batches of a stage, benchmarks, corpora.
 
-    python data.py check assets/clips.jsonl      # rows, hours, what would be skipped and why
-    python data.py check MIXTURE.json --quick    # what a stage draws, too; decodes nothing
-    python data.py convert clotho ROOT           # rows of a corpus as its makers lay it out
+    python data.py check assets/clips.jsonl    # rows, hours, what would be skipped and why
+    python data.py check MIXTURE.json --quick  # what a stage draws, too; decodes nothing
+    python data.py convert clotho ROOT         # rows of a corpus as its makers lay it out
     python data.py convert hub NAME --split train --prompt question --response answer
 
 A manifest holds one JSON object a line; audio paths are relative to it, null is a row of text:
@@ -44,7 +44,7 @@ from model import (ASSETS, IGNORE, MAX_PEAK, MAX_SECONDS, MIN_SECONDS, SAMPLE_RA
 STARTS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22",    # of a stream
           "MP3": rb"\AID3|\A\xff[\xe0-\xff]"}
 WHOLE = {*STARTS, "WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "CAF"}    # or they show that not
-# The usual way takes an open file for each tensor that comes from a data process.
+# Else each tensor from a data process takes an open file.
 torch.multiprocessing.set_sharing_strategy("file_system")
 
 
@@ -54,7 +54,7 @@ torch.multiprocessing.set_sharing_strategy("file_system")
 class Sound(soundfile.SoundFile):
     """A clip, to be decoded once from front to back. length: in frames, None if not stated"""
 
-    stream = io.BytesIO()    # to close where there is no file
+    stream = io.BytesIO()    # if there is no file
 
     def __init__(self, clip):
         self.stream = open(clip, "rb") if isinstance(clip, str) else io.BytesIO(clip)
@@ -67,7 +67,7 @@ class Sound(soundfile.SoundFile):
             tag = 10 + sum(data[9 - i] << 7 * i for i in range(4)) if data[:3] == b"ID3" else 0
             stated = re.search(b"Xing|Info|VBRI", data[tag:tag + 256])
             # Without it libsndfile takes the first frame's bit rate for that of all, and stops
-            # there. So the file is longer while it is opened: 320 kbit/s may become 8.
+            # there. So the file is longer while it is opened.
             self.stream = io.BytesIO(data + bytes(0 if stated else min(40 * len(data), 2 ** 28)))
             super().__init__(self.stream)
             self.stream.truncate(len(data))
@@ -83,7 +83,7 @@ class Sound(soundfile.SoundFile):
 
 def read_audio(clip, start=None, end=None, name=None, decode=True):
     """A clip, or a segment in seconds -> ((N,) float32 mono in [-1, 1], its rate in Hz); without
-    decode how long it is by its header. Raises InputError."""
+    decode its seconds by the header. Raises InputError."""
     name = name or clip
     try:
         sound = Sound(clip)
@@ -96,15 +96,15 @@ def read_audio(clip, start=None, end=None, name=None, decode=True):
         raise InputError(f"no file '{name}'") from e
     except (OSError, TypeError, soundfile.LibsndfileError) as e:    # TypeError: .raw
         raise InputError(f"cannot decode '{name}' ({getattr(e, 'error_string', e)}); make a wav: "
-                         f"ffmpeg -i '{name}' clip.wav") from e
+                         f"ffmpeg -i '{name}' x.wav") from e
     first = round((start or 0) * rate)
     last = sound.length if end is None else min(sound.length, round(end * rate))
-    # libsndfile reads what is left of a file; only its log tells. A pipe's header states 2 GB.
+    # libsndfile reads what is left; only its log tells. The header of a pipe states 2 GB.
     sizes = re.findall(r": +(\d+) \(should be (\d+)\)", sound.extra_info)
     is_cut = [1.01 * int(there) < int(stated) < 0x7f000000 for stated, there in sizes]
     if last == sound.length and (any(is_cut) or sound.format not in WHOLE
                                  or "Junk after the last page" in sound.extra_info):
-        raise InputError(f"'{name}' ({sound.format}) is cut off, joined, or of a kind that hides it")
+        raise InputError(f"'{name}' ({sound.format}) is cut off, joined, or cannot show that not")
     if not 0 <= first < last:
         raise InputError(f"'{name}' has no samples from {start or 0} s to {end or 'its end'}")
     check_seconds((last - first) / rate, f"'{name}'")
@@ -125,7 +125,7 @@ def read_audio(clip, start=None, end=None, name=None, decode=True):
     goes_on = len(rest) > 4096 and re.search(STARTS.get(sound.format, b"$^"), rest)
     if len(frames) < 0.99 * (last - first) or goes_on:
         raise InputError(f"'{name}' is cut off, or joined: of {last - first} samples by its header "
-                         f"it has {len(frames)}{' and goes on after its end' if goes_on else ''}")
+                         f"it has {len(frames)}{', and then more' if goes_on else ''}")
     peak = np.abs(frames).max()
     if not peak <= MAX_PEAK:    # so that NaN is refused too
         raise InputError(f"'{name}' has samples up to {peak:g}; divide integers stored as float")
@@ -136,9 +136,9 @@ def read_audio(clip, start=None, end=None, name=None, decode=True):
 # Sources of rows. Each has
 #   len(), load(i)   number of rows; row i, with "wave" (N,) and "rate" in Hz if it has audio
 #   lengths          (rows,) seconds of audio, 0 without
-#   skipped          [(row, InputError)] of those that headers and stated lengths rule out
+#   skipped          [(row, InputError)] of those that headers or stated lengths rule out
 #   files, about     what it is read from; what it is, in one line
-#   draw(n, rng)     (n,) row numbers of a stage in random order
+#   draw(n, rng)     (n,) row numbers in random order
 
 def open_source(text, training_rows=None, seed=0):
     """rows.jsonl, mixture.json, a benchmark (see Benchmark), or synthetic tones, tones[:KINDS[:N]].
@@ -152,7 +152,7 @@ def open_source(text, training_rows=None, seed=0):
     found = re.fullmatch(r"tones(?::([\w,]*)(?::([1-9]\d{0,5}))?)?", text)
     kinds = (found and found[1] or ",".join(DEFAULT_TONES)).split(",")
     if not found or set(kinds) - set(TONES):
-        raise InputError(f"'{text}': give tones[:KINDS[:N]], KINDS from {','.join(TONES)}")
+        raise InputError(f"'{text}': give tones[:KINDS[:N]], kinds {','.join(TONES)}")
     if training_rows is None:
         return Tones("heldout", int(found[2] or 60) * len(kinds), kinds)
     return Tones("train", training_rows, kinds, int(found[2] or 0), seed)
@@ -204,14 +204,14 @@ def parse_row(line, where, answered=True):
             bad.append(key)
     if bad:
         raise InputError(f'{where}: "{bad[0]}" is missing, empty, taken or of another kind; '
-                         "python data.py convert reads other formats")
+                         "data.py convert reads other formats")
     row["task"] = row["task"].strip().lower()
     return row
 
 
 class Manifest:
     """The rows of JSON-lines files. Each line is checked once and read again when it is needed, so
-    that a row takes 16 bytes of memory. Raises InputError with the number of a malformed one."""
+    that a row takes 16 bytes of memory. Raises InputError with a malformed one's number."""
 
     files = ()
     left_out = ()    # of skipped, what is known without looking at the audio
@@ -307,8 +307,8 @@ class Manifest:
 
 
 def allot(n, weights, caps):
-    """Whole numbers by weights (largest remainders), none above its cap, that sum to n or, if that
-    is less, to the sum of caps. What a full one cannot take goes to the others by their weights."""
+    """Whole numbers by weights, none above its cap, that sum to n or to the sum of caps, if that is
+    less. What a full one cannot take goes to the others by their weights."""
     weights = np.asarray(weights, float)
     caps = np.asarray(caps)
     counts = np.zeros(len(caps), int)
@@ -328,11 +328,9 @@ def allot(n, weights, caps):
 
 
 class Mixture(Manifest):
-    """Manifests in groups with shares, from a mixture file (appendix A). Raises InputError.
-
-    A stage draws each group by its share and the sources in it alike or by size (appendix A says
-    both), in whole passes, none beyond its max_epochs. What a source cannot give goes to the others
-    of its group, what a group cannot give to other groups."""
+    """Manifests in groups with shares, and in a group alike or by size (appendix A says both), in
+    whole passes and none beyond its max_epochs. What a source cannot give goes to the others of its
+    group, what a group cannot give to other groups."""
 
     def __init__(self, path):
         self.path = path
@@ -355,7 +353,7 @@ class Mixture(Manifest):
             self.groups[group] = (share, by_size, np.arange(first, len(paths)))
             spec |= given    # nothing may be left
             if not 0 < share < math.inf or first == len(paths):
-                raise InputError(f"'{path}': {group} needs a share above 0 and sources")
+                raise InputError(f"'{path}': {group} needs a share and sources")
         if spec or not min(self.max_epochs) > 0 or text.count('"share"') > len(self.groups):
             raise InputError(f"'{path}': max_epochs of 0, a group twice, or keys {list(spec)}")
         super().__init__(*paths)
@@ -368,8 +366,7 @@ class Mixture(Manifest):
         shares = [share for share, _, _ in self.groups.values()]
         budget = allot(n, shares, [caps[members].sum() for _, _, members in self.groups.values()])
         if budget.sum() < n:
-            raise InputError(f"a stage of {n} rows, but '{self.path}' has {budget.sum()} under its "
-                             "max_epochs")
+            raise InputError(f"{n} rows, but '{self.path}' has {budget.sum()} under its max_epochs")
         counts = np.zeros(len(caps), int)
         for (_, by_size, members), rows in zip(self.groups.values(), budget):
             weights = [max(1, len(self.usable[k])) if by_size else 1 for k in members]
@@ -467,9 +464,8 @@ def make_tone(kind, n, answer, rng):
 class Tones:
     """A source of n rows. Row i of a split, "train" or "heldout", is the same on every machine.
 
-    labelled    few labels: half of a stage is drawn from so many clips of each kind, which come
-                first and have each answer as often, half from n clips whose answer is "ok"
-    seed        chooses the labelled clips"""
+    labelled    clips of each kind, chosen by seed, that come first and are half of a stage; the
+                other half are n clips that are all answered by ok"""
 
     files = ()
     skipped = ()
@@ -516,11 +512,9 @@ class Tones:
 # Batches of a stage
 
 def plan_stage(source, steps, batch, seed, stage, window=50):
-    """(steps, batch) row numbers of a stage, rows of a step alike in length.
-
-    `window` steps at a time of what the source draws are sorted by length, and come in random
-    order; rows of text are dealt evenly over them. A function of its arguments alone, so
-    that a resumed run only needs its step. Raises InputError without any row."""
+    """(steps, batch) row numbers of a stage, a function of its arguments alone. Of what the source
+    draws, `window` steps at a time are sorted by length and come in random order; rows of text are
+    dealt evenly over them."""
     if len(source.skipped) == len(source):
         raise InputError(f"none of the {len(source)} rows can be used; "
                          f"the first: {source.skipped[0][1]}")
@@ -556,11 +550,9 @@ class Rows(torch.utils.data.Dataset):
 def collate(rows, spec, rates=(), think=True, responses=True, micro_tokens=None):
     """Loaded rows of a step -> ([its micro-batches], [InputError of those left out]).
 
-    A batch is that of build_inputs, with labels, and beside it
-    waves       {rate in Hz: [(N,) or None, one a row]} at 16 kHz and at the experts' rates
-    rows        the loaded rows without their waves; none: an idle batch
-    seconds     of audio
-    A micro-batch has at most micro_tokens tokens with its padding, or one row."""
+    A batch is that of build_inputs, with labels, rows (without waves; none: an idle batch), seconds
+    of audio, and waves, {rate in Hz: [(N,) or None, one a row]}. A micro-batch has at most
+    micro_tokens tokens with its padding, or one row."""
     encoded = []
     skipped = []
     for row in rows:
@@ -606,7 +598,7 @@ def expert_targets(experts, batch, audio_embeds=None):
     """{name: (B, L, E)} z_k, the features of the frozen experts at the thinking tokens (25 Hz).
 
     Clip by clip, unpadded: clip-wide normalisation, reflection at the ends and ALiBi depend on the
-    true length. In fp32: bf16 would show in their log spectra."""
+    true length. In fp32: bf16 would show in log spectra."""
     targets = {}
     lengths = batch["n_audio"]
     for name, expert in experts.items():
@@ -624,7 +616,7 @@ def expert_targets(experts, batch, audio_embeds=None):
 
 # --------------------------------------------------------------------------------------------------
 # Data sets as tables: assets/corpora.json, what one trains on, as its makers lay it out, and
-# assets/benchmarks.json, the evaluation sets as lmms-eval has them. Both say what their keys mean.
+# assets/benchmarks.json, evaluation sets as lmms-eval has them. Both explain their keys.
 
 LETTERS = string.ascii_uppercase
 SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aiff", ".aif", ".w64", ".caf")
@@ -643,7 +635,7 @@ for SETS in (CORPORA, BENCHMARKS):
 
 
 class LeftOut(Exception):
-    """Why an item of a data set becomes no row, to be counted."""
+    """Why an item becomes no row, to be counted."""
 
 
 def as_list(value):
@@ -652,8 +644,7 @@ def as_list(value):
 
 def digest(*words):
     """A number to choose by, the same on every machine."""
-    text = " ".join(words).encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.md5(text).digest()[:4], "big")
+    return int(hashlib.md5(" ".join(words).encode(errors="surrogatepass")).hexdigest()[:8], 16)
 
 
 def make_rows(spec, cells, root="", audio=None):
@@ -674,11 +665,10 @@ def make_rows(spec, cells, root="", audio=None):
     row |= {key: round(float(text), 3) for key in ("start", "end", "seconds") for text in fill(key)}
     if "end" in row:
         row["seconds"] = round(row["end"] - row["start"], 3)
-    row |= spec.get("more", {})
     for key, template in spec.get("keep", {}).items():
         with contextlib.suppress(KeyError):    # older tables have fewer columns
             row[key] = template.format_map(cells)
-
+    row |= spec.get("more", {})
     question = next(filter(str.strip, fill("question")), "").strip()
     wordings = spec.get("wordings") or WORDINGS[spec["task"]]
     lettered = []
@@ -696,9 +686,7 @@ def make_rows(spec, cells, root="", audio=None):
     rows = []
     for response in fill("response"):
         for pattern, replacement in spec.get("clean", ()):
-            response = re.sub(pattern, replacement, response)
-        if "clean" in spec:
-            response = " ".join(response.split())
+            response = " ".join(re.sub(pattern, replacement, response).split())
         response = response.lower().strip() if spec.get("lower") else response.strip()
         prompt = wordings[digest(name, question, response) % len(wordings)].format(question).strip()
         if lettered:
@@ -706,7 +694,7 @@ def make_rows(spec, cells, root="", audio=None):
             if number is not None:
                 response = lettered[number]
             elif "rule" not in spec:    # upstream counts such a row as wrong
-                raise LeftOut("with an answer that is none of the choices")
+                raise LeftOut("an answer that is none of the choices")
             prompt = question and " ".join([question, *lettered])
         if "prompt" in spec:    # as it is, with white space at its ends
             prompt = spec["prompt"].format_map(cells | {"options": "\n".join(lettered)})
@@ -736,7 +724,7 @@ def read_choices(given):
     if all(marks):
         texts = [text[mark.end():] for mark, text in zip(marks, texts)]
     if not all(texts) or not 2 <= len(texts) <= len(LETTERS):    # the letters after it would change
-        raise LeftOut("with an empty choice, or fewer than two")
+        raise LeftOut("an empty choice, or fewer than two")
     return texts
 
 
@@ -764,14 +752,13 @@ def find_audio(place):
     found = listing(folder).get(name.lower()) or listing(folder).get(
         os.path.splitext(name)[0].lower(), [None])
     if len(found) > 1:
-        raise LeftOut("with several audio files of its name")
+        raise LeftOut("several audio files of its name")
     return found[0]
 
 
 @functools.lru_cache(1024)
 def listing(folder):
-    """{name in small letters without its ending: [paths]} of a folder's audio files; to ask for
-    each file is slow."""
+    """{name in small letters without its ending: [paths]} of a folder's audio files."""
     found = {}
     for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         stem, ending = os.path.splitext(file.lower())
@@ -838,8 +825,8 @@ def corpus_items(name, root, split):
 
 
 def open_dataset(place, config=None, split=None, **options):
-    """A data set of the hub, a folder of save_to_disk, or parquet files: one, a pattern, or those
-    in a folder that name config and split -> datasets.Dataset, its audio undecoded."""
+    """A data set of the hub, a folder of save_to_disk, or parquet files (a pattern, or those in a
+    folder that name config and split) -> datasets.Dataset, its audio undecoded."""
     import datasets    # takes a second
     files = glob.glob(place)
     if os.path.isdir(place):
@@ -847,7 +834,7 @@ def open_dataset(place, config=None, split=None, **options):
         files = [path for path in found if all(
             word in os.path.relpath(path, place) for word in (config, split) if word)]
         if found and not files:
-            raise InputError(f"'{place}' has no parquet file of {config or ''} {split}; name them")
+            raise InputError(f"'{place}' has no parquet file of {config or ''} {split}")
     if files:
         table = datasets.load_dataset("parquet", data_files=sorted(files), split="train")
     elif glob.glob(f"{place}/dataset_*.json"):
@@ -865,8 +852,8 @@ def open_dataset(place, config=None, split=None, **options):
 
 
 class Benchmark(Manifest):
-    """An evaluation set: NAME from the hub, NAME@REVISION, or NAME=PLACE, where files of the same
-    columns lie, see open_dataset, or the makers' folder. Its rows also have ROW_KEYS."""
+    """An evaluation set: NAME or NAME@REVISION of the hub, or NAME=PLACE, files of the same columns
+    (see open_dataset) or the makers' folder. Its rows also have ROW_KEYS."""
 
     def __init__(self, text):
         name, revision, place = re.fullmatch(r"([^@=]+)(?:@([^=]+)|=(.+))?", text).groups()
@@ -923,7 +910,6 @@ class Benchmark(Manifest):
 # The command line
 
 def layout_of(name):
-    """Where the files of a corpus have to lie, in words."""
     table, audio = (" or ".join(f"ROOT/{place}" for place in as_list(CORPORA[name].get(key)))
                     for key in ("table", "audio"))
     return f"{name} has to lie as {table}, audio {audio or 'none'}{CORPORA[name].get('about', '')}"
@@ -943,8 +929,7 @@ def any_table(args):
         audio = args.audio or ("audio" if "audio" in cells else None)
         if not prompt and not args.question and (
                 args.choices or not audio or "{}" in "".join(WORDINGS[args.task])):
-            raise InputError("give --prompt or --question; or --audio and a --task with prompts of "
-                             "ours, such as asr")
+            raise InputError("give --prompt or --question, or --audio and a --task such as asr")
         cells |= {name: names[cells[name]] for name, names in labels.items()}
         response = cells[args.response]
         question = cells[prompt] if prompt else (args.question or "").format_map(cells)
@@ -971,18 +956,17 @@ def any_table(args):
 
 
 def items_of(args):
-    """What is to be converted: arguments of make_rows, or why there is no row."""
+    """Yields arguments of make_rows, or why there is no row."""
     if args.name == "messages":
         from docs.recipes import any_messages    # few need it
-        return any_messages(args)
-    if args.name in TABLES:
-        return any_table(args)
+    if args.name not in CORPORA:
+        return any_table(args) if args.name in TABLES else any_messages(args)
     splits = args.split or CORPORA[args.name]["splits"]
     return (item for split in splits for item in corpus_items(args.name, args.root, split))
 
 
 def convert(args):
-    """Rows to stdout; to stderr how many, and how many were left out and why."""
+    """Rows to stdout; to stderr how many, and what was left out and why."""
     written = 0
     left_out = Counter()
     if args.name != "hub":
@@ -1038,8 +1022,8 @@ def parse_flags():
     p = commands.add_parser("convert", help="the rows of a corpus or data set", formatter_class=raw,
                             epilog="\n".join(map(layout_of, CORPORA)))
     add = p.add_argument
-    add("name", choices=[*CORPORA, *TABLES, "messages"], metavar="NAME", help="see below; csv, json:"
-        " any table; messages: conversations; hub: a data set of the hub, save_to_disk or parquet")
+    add("name", choices=[*CORPORA, *TABLES, "messages"], metavar="NAME", help="see below, or csv, "
+        "json, hub (any data set of the hub, save_to_disk, parquet), messages (conversations)")
     add("root", metavar="ROOT", help="folder, file, or name of the data set")
     add("--split", nargs="+", help="instead of those to train on")
     add("--pitch-class", action="store_true", help="add each clip's dominant pitch class")

@@ -744,14 +744,6 @@ def test_sixth_expert_is_one_class_and_one_row(monkeypatch, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # data.py: audio
 
-def test_eight_channels_at_96_khz_are_read_as_mono(tmp_path):
-    tone = np.sin(2 * np.pi * 440 * np.arange(96000) / 96000) / 2
-    wave, rate = read_audio(wav(tmp_path, "eight.wav", np.stack([tone] * 8, 1), 96000))
-    down = at_rate(wave, rate, 16000)
-    want = torch.sin(2 * np.pi * 440 * torch.arange(16000) / 16000) / 2
-    assert len(down) == 16000 and (down - want)[200:-200].abs().max() < 1e-3
-
-
 @pytest.mark.parametrize("name, subtype, more", [
     *[("a.wav", subtype, {}) for subtype in ("PCM_16", "FLOAT", "IMA_ADPCM", "GSM610", "G721_32")],
     *[(f"a.{ending}", "PCM_16", {}) for ending in ("aiff", "au", "w64", "rf64", "caf", "flac")],
@@ -780,7 +772,7 @@ def test_files_joined_in_one_are_named(tmp_path, name, subtype):
     paths = [wav(tmp_path, f"{i}{name}", noise(1.0 + i, i).numpy(), subtype=subtype)
              for i in range(2)]
     path = write(tmp_path / name, b"".join(Path(path).read_bytes() for path in paths))
-    with pytest.raises(InputError, match="goes on after its end|joined|RIFF"):
+    with pytest.raises(InputError, match="and then more|joined|RIFF"):
         read_audio(path)
 
 
@@ -806,9 +798,9 @@ def test_length_that_no_header_states_is_counted(tmp_path, name):
 
 BAD_CLIPS = {    # file: what the message must say
     "missing.wav": "no file", "empty.wav": "cannot decode", "text.wav": "ffmpeg -i",
-    "x.raw": "cannot decode", "talk.sph": "NIST. is cut off, joined, or of a kind",
+    "x.raw": "cannot decode", "talk.sph": "NIST. is cut off, joined, or cannot show",
     "zero_samples.wav": "no samples", "short.wav": "0.02 s", "long.wav": "121.00 s",
-    "nan.wav": "up to nan", "huge.wav": "up to 1e", "int16.wav": "up to 9830, .* integers",
+    "nan.wav": "up to nan", "huge.wav": "up to 1e", "int16.wav": "up to 9830; divide integers",
 }
 
 
@@ -820,24 +812,20 @@ def test_bad_audio_is_refused_with_its_name_in_one_line(bad_clips, name, words):
     assert isinstance(error.value, TooLong) == (name == "long.wav")
 
 
-def test_samples_may_go_a_bit_above_one_and_segments_not_beyond_the_end(tmp_path):
-    path = wav(tmp_path, "a.wav", np.tile([1.3, -1.2], 8000), subtype="FLOAT")
-    assert read_audio(path)[0].max() > 1.2
-    with pytest.raises(InputError, match="no samples from 3"):
-        read_audio(path, 3.0, 4.0)
-
-
 # --------------------------------------------------------------------------------------------------
 # data.py: rows and tones
 
-def test_shipped_clips_all_decode():
+def test_shipped_clips_all_decode_and_their_mixture_is_one(tmp_path):
     source = Manifest(str(HERE / "assets/clips.jsonl"))
     assert len(source) >= 12 and not source.skipped
     for i in range(len(source)):
-        row = source.load(i)
-        assert row["wave"].abs().max() > 0.02 and 1 < source.lengths[i] < 15
-        choices = row.get("choices", [row["response"]])
-        assert any(row["response"].endswith(choice) for choice in choices)
+        assert source.load(i)["wave"].abs().max() > 0.02 and 1 < source.lengths[i] < 15
+    text = (HERE / "assets/mixture.json").read_text()
+    names = re.findall(r'"(\w+)\.jsonl"', text)
+    assert set(names) <= set(data.CORPORA) and len(names) == len(set(names)) > 15
+    for name in names:
+        jsonl(tmp_path / f"{name}.jsonl", 3)
+    assert len(Mixture(write(tmp_path / "mixture.json", text))) == 3 * len(names)
 
 
 ROW = {"audio": "a.wav", "prompt": "a", "response": "b"}
@@ -852,7 +840,7 @@ ROW = {"audio": "a.wav", "prompt": "a", "response": "b"}
           ("question", ["a"]), ("choices", "yes"), ("choices", [""]), ("task", None)]],
     (json.dumps(ROW | {"more": "\ud800"}), "surrogates not"), ("not json", "Expecting value"),
     ("[1]", "write one JSON object"), ("[" * 40000, "recursion"), (b"\xff", "codec can't decode"),
-    ('{"messages": []}', '"prompt" is missing.*data.py convert reads other formats')])
+    ('{"messages": []}', '"prompt" is missing.*convert reads other formats')])
 def test_row_that_cannot_be_used_gives_one_line_with_its_number(tmp_path, line, words):
     line = line if isinstance(line, bytes) else line.encode()
     path = write(tmp_path / "rows.jsonl", json.dumps(ROW).encode() + b"\n\n" + line)
@@ -1053,18 +1041,8 @@ def test_mixture_gives_shares_and_what_is_capped_to_the_others(mixture, n, count
         of_source = times[begin:end]
         assert of_source.sum() == count
         assert of_source.max() - of_source.min() <= 1 and of_source.max() <= cap
-    with pytest.raises(InputError, match="3561 rows, but .* has 3560 under its max_epochs"):
+    with pytest.raises(InputError, match="3561 rows, but .* has 3560 under"):
         draw(mixture, 3561)
-
-
-def test_rows_are_in_order_and_paths_relative_to_their_manifest(mixture, tmp_path):
-    tasks = ["a"] * 500 + ["deep/b"] * 40 + ["c"] * 300 + ["text"] * 70
-    assert [row["task"] for row in mixture] == tasks
-    wav(tmp_path / "deep", "0.wav", np.zeros(16000))
-    assert len(mixture.load(500)["wave"]) == 16000
-    assert "no file" in str(Rows(mixture)[501]) and isinstance(Rows(mixture)[501], InputError)
-    row = mixture.load(845)    # of text
-    assert row["audio"] is None and "wave" not in row and mixture.lengths[845] == 0
 
 
 def test_unusable_rows_are_never_drawn_and_a_group_of_them_leaves_its_share(mixture, tmp_path):
@@ -1092,15 +1070,6 @@ def test_bad_mixture_is_refused(mixture, old, new):
     write(mixture.path, MIXTURE.replace(old, new, 1))
     with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
         Mixture(mixture.path)
-
-
-def test_shipped_mixture_is_one_and_names_what_convert_writes(tmp_path):
-    text = (HERE / "assets/mixture.json").read_text()
-    names = re.findall(r'"(\w+)\.jsonl"', text)
-    assert set(names) <= set(data.CORPORA) and len(names) == len(set(names)) > 15
-    for name in names:
-        jsonl(tmp_path / f"{name}.jsonl", 3)
-    assert len(Mixture(write(tmp_path / "mixture.json", text))) == 3 * len(names)
 
 
 def test_check_says_what_a_stage_draws_and_what_training_skips(mixture, tmp_path, capsys):
@@ -1306,9 +1275,6 @@ CORPORA = [    # name; files as its makers lay them out; [(audio, response, more
          "prompt": "Who is A. Tom? A. A son B. A king C. None D. All of the above",
          "choices": ["A son", "A king", "None", "All of the above"], "seconds": 15.65})],
      "1 left out, 1 with another question_and_option"),
-    ("gsqa", {"0.wav": "", "train.jsonl": json.dumps(
-        {"output": "Mars.", "input_audio": "0.wav", "speech_input": "Name a planet."})},
-     [("0.wav", "Mars.", {"question": "Name a planet."})], "0 left out"),
     ("wildjailbreak", {"train/train.tsv": "vanilla\tadversarial\tcompletion\n"
                        'How do I kill a process?\t\t"Use ""kill"".\nThen wait."\n'
                        "plain\tImagine {x}\tNo.\n"},
@@ -1338,6 +1304,8 @@ def assert_choices(rows, answers, choices):
 
 
 def test_emotions_and_genres_are_letters_balanced_and_always_the_same(tmp_path, capsys):
+    with pytest.raises(InputError, match="no file .*; meld has to lie as ROOT/"):
+        convert(capsys, "meld", tmp_path)
     iemocap(tmp_path / "full", 1, ["neu", "exc", "xxx", "fru", *["hap"] * 400])
     rows, counts = convert(capsys, "iemocap", tmp_path / "full")
     assert_choices(rows, ["neutral", *["happy"] * 401], ["angry", "happy", "sad", "neutral"])
@@ -1351,24 +1319,6 @@ def test_emotions_and_genres_are_letters_balanced_and_always_the_same(tmp_path, 
     lay_out(tmp_path / "g/genres", {"rock/0.wav": "", "rock/x.mf": "", "pop/1.au": ""})
     rows, _ = convert(capsys, "gtzan", tmp_path / "g")
     assert_choices(rows, ["pop", "rock"], data.BENCHMARKS["gtzan"]["options"])
-
-
-@pytest.mark.parametrize("place, split", [("train_splits", "train"), ("dev_splits_complete", "dev"),
-                                          ("output_repeated_splits_test", "test")])
-def test_meld_wants_the_sound_of_its_videos(tmp_path, capsys, place, split):
-    text = "Speaker,Emotion,Dialogue_ID,Utterance_ID\nJoey\x92s,surprise,0,3\n".encode("latin-1")
-    lay_out(tmp_path / "m", {f"{split}_sent_emo.csv": text, f"{place}/dia0_utt3.mp4": ""})
-    with pytest.raises(InputError, match="no rows in"):
-        convert(capsys, "meld", tmp_path / "m", [split])
-    lay_out(tmp_path / "m", {f"{place}/dia0_utt3.wav": ""})
-    rows, _ = convert(capsys, "meld", tmp_path / "m", [split])
-    assert_choices(rows, ["surprise"], data.BENCHMARKS["meld"]["options"])
-
-
-@pytest.mark.parametrize("name", list(data.CORPORA))
-def test_missing_layout_is_one_line_that_says_what_is_expected(tmp_path, capsys, name):
-    with pytest.raises(InputError, match=f"no file .*; {name} has to lie as ROOT/"):
-        convert(capsys, name, tmp_path, ["nonsense"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1424,13 +1374,13 @@ def test_columns_are_taken_by_their_literal_names_choices_and_further_keys_too(t
                            response="a[0]", choices="c", keep=["c", "wave"])
     assert rows == [{"audio": str(tmp_path / "t/2.wav"), "prompt": "Why? A. x B. y", "c": "x|y",
                      "response": "B. y", "task": "mcq", "choices": ["x", "y"], "wave_": "9"}]
-    assert counts == "csv: 1 rows, 1 left out, 1 with an answer that is none of the choices"
+    assert counts == "csv: 1 rows, 1 left out, 1 an answer that is none of the choices"
 
 
 @pytest.mark.parametrize("flags", [{}, {"audio": "file name"}, {"task": "asr"},
                                    {"audio": "file name", "task": "asr", "choices": "q"}])
 def test_table_that_would_give_no_prompt_is_refused(table, capsys, flags):
-    with pytest.raises(InputError, match="give --prompt COLUMN or --question"):
+    with pytest.raises(InputError, match="give --prompt or --question"):
         convert(capsys, "csv", table, response="a", **flags)
     with pytest.raises(InputError, match="no column 'wrong'"):
         convert(capsys, "csv", table, prompt="q", response="wrong")
