@@ -247,8 +247,8 @@ class Manifest:
         stated = array("d")    # seconds of each row, nan where unknown
         for path in paths:
             if not os.path.isfile(path) or path.endswith(".parquet"):
-                raise InputError(f"'{path}' is no file with one JSON object a line (data.py convert "
-                                 f"writes one), nor a benchmark: {', '.join(BENCHMARKS)}")
+                raise InputError(f"'{path}' is no file with one JSON object a line, as data.py "
+                                 f"convert writes, nor a benchmark: {', '.join(BENCHMARKS)}")
             start = 0
             for number, line in enumerate(open(path, "rb"), 1):
                 if line.strip():
@@ -734,7 +734,7 @@ def make_rows(spec, cells, root="", audio=None):
     row = {"audio": audio, "prompt": "", "response": "", "task": spec["task"]}
     row |= {key: spec[key] for key in ROW_KEYS if key in spec}
     row |= {"question": text.strip() for text in fill("spoken")}
-    row |= {key: round(float(fill(key)[0]), 3) for key in ("start", "end", "seconds") if key in spec}
+    row |= {key: round(float(text), 3) for key in ("start", "end", "seconds") for text in fill(key)}
     if "end" in row:
         row["seconds"] = round(row["end"] - row["start"], 3)
     for key, template in spec.get("keep", {}).items():
@@ -942,7 +942,11 @@ class Benchmark(Manifest):
         revision = revision or spec.get("revision")
         self.column = spec.get("clip", "audio")
         self.table = None    # datasets.Dataset
-        if corpus and os.path.isdir(place or "") and not glob.glob(f"{place}/*.arrow"):
+        if place and not glob.glob(place):
+            raise InputError(f"no file '{place}'")
+        packed = glob.glob(f"{place}/dataset_*.json") + glob.glob(f"{place}/**/*.parquet",
+                                                                  recursive=True)
+        if corpus and os.path.isdir(place or "") and not packed:
             items = [found[1] for found in corpus_items(corpus, place, spec["split"])
                      if not isinstance(found, str)]
             spec = CORPORA[corpus] | spec | {"response": CORPORA[corpus]["response"]}
@@ -991,8 +995,9 @@ class Benchmark(Manifest):
 
 def layout_of(name):
     """Where the files of a corpus have to lie, in words."""
-    table, audio = (" or ROOT/".join(as_list(CORPORA[name].get(key))) for key in ("table", "audio"))
-    return f"{name} has to lie as ROOT/{table}, audio {audio}{CORPORA[name].get('about', '')}"
+    table, audio = (" or ".join(f"ROOT/{place}" for place in as_list(CORPORA[name].get(key)))
+                    for key in ("table", "audio"))
+    return f"{name} has to lie as {table}, audio {audio or 'none'}{CORPORA[name].get('about', '')}"
 
 
 def any_corpus(args):
@@ -1168,8 +1173,9 @@ def parse_flags():
     add("root", metavar="ROOT", help="folder, file, or name of the data set")
     add("--split", nargs="+", help="instead of those to train on")
     add("--pitch-class", action="store_true", help="add each clip's dominant pitch class")
-    for column, of in (("prompt", "questions"), ("audio", "clips"), ("choices", 'options, "a|b|c"')):
-        add(f"--{column}", help=f"csv, json, hub: column with the {of}")
+    add("--choices", help='csv, json, hub: column with the options, "a|b|c" or a list')
+    for column, of in (("prompt", "questions"), ("audio", "clips")):
+        add(f"--{column}", help=f"csv, json, hub: column with the {of} ({column}, if there)")
     add("--response", default="response", help="column with the answers (%(default)s)")
     add("--question", help='one question for all rows; may name columns: "Is it {name}?"')
     add("--keep", nargs="+", default=[], metavar="COLUMN", help="further keys of the rows")

@@ -289,9 +289,8 @@ def test_audio_embeds_are_the_projected_tower_and_build_no_graph(coat):
     inner = coat.hf.model
     last = inner.audio_tower.proj if coat.name == "qwen2.5-omni" else inner.multi_modal_projector
     kept = []
-    hook = last.register_forward_hook(lambda module, args, out: kept.append(out))
-    out = coat(batch)
-    hook.remove()
+    with last.register_forward_hook(lambda module, args, out: kept.append(out)):
+        out = coat(batch)
     projected, = kept
     assert projected.requires_grad == bool(coat.new_projector)
     if projected.ndim == 3:
@@ -457,17 +456,15 @@ def test_saved_template_asks_for_the_block_and_writes_it(coat, written, folder):
     template = (getattr(written, folder) / "chat_template.jinja").read_text()
     clip, text = {"type": "audio"}, {"type": "text", "text": "Which?"}
 
-    def render(content, ask=True, **kwargs):
-        chat = [{"role": "user", "content": content}]
+    def render(content, **kwargs):
         return coat.processor.apply_chat_template(
-            chat, template, tokenize=False, add_generation_prompt=ask, **kwargs)
+            [{"role": "user", "content": content}], template, add_generation_prompt=True, **kwargs)
 
     prompt = render_prompt(coat, "Which?", 1)
     block = THINK_START + 25 * THINK + THINK_END
     assert render([clip, text], n_audio=25) == prompt + block
     assert render([clip | {"n_audio": 25}, text]) == prompt + block
     assert render([clip, text], n_audio=0) == prompt
-    assert prompt.startswith(render([clip, text], ask=False))
     assert render("Say hello.") == render_prompt(coat, "Say hello.", 0)
     for content in ([clip, text], coat.backbone.audio_token + "Which?"):
         with pytest.raises(Exception, match="n_audio"):
@@ -523,8 +520,6 @@ def test_composed_backbone_knows_what_its_text_model_knows(tmp_path):
     with torch.no_grad():
         logits = text_model(batch["input_ids"]).logits[:, -1]
         assert_close(last_logits(coat, batch)[:, :len(vocab)], logits)
-        heard = coat(build_inputs(coat, [noise(1.0)], ["?"])).audio_embeds
-    assert 0.3 < heard.std() / text_model.get_input_embeddings().weight.std() < 3
 
 
 def test_text_thinking_adapter_of_the_old_layout_is_loaded_whole(hub, text_think, tmp_path):
@@ -650,11 +645,12 @@ def test_sound_equals_the_reference_implementation():
     close(sound.readout(z), reference("sound")["logits"], 1e-3, 1e-4)
 
 
-def test_affect_equals_the_reference_implementation_and_takes_its_sizes_from_the_file():
+def test_affect_equals_the_reference_implementation_and_takes_its_sizes_from_the_file(monkeypatch):
     affect = an_expert("affect")
-    close(affect(audio(16000, 2.0))[::9], reference("affect_tiny")["feat"], 5e-5)
-    blocks = len(affect.context) + len(affect.blocks)
-    assert (affect.dim, affect.heads, blocks, affect.extra) == (256, 4, 5, 5)
+    assert (affect.dim, len(affect.context), len(affect.blocks), affect.extra) == (256, 3, 2, 5)
+    for floats in (affect.BIAS_FLOATS[0], 4 * 104 * 7):    # all queries at once, 7 at a time
+        monkeypatch.setattr(affect, "BIAS_FLOATS", [floats])
+        close(affect(audio(16000, 2.0))[::9], reference("affect_tiny")["feat"], 5e-5)
 
 
 def test_pitch_equals_the_official_onnx_file():
@@ -664,13 +660,6 @@ def test_pitch_equals_the_official_onnx_file():
     close(z.view(-1, 8, 264).transpose(0, 1)[:, ::43], reference("pitch")["feat"], 1e-2)
     close(pitch.readout(z).sigmoid()[::8], reference("pitch")["contour"], 1e-3)
     close(pitch.notes(wave)[::8], reference("pitch")["note"], 1e-3)
-
-
-def test_attention_in_pieces_equals_attention_at_once(monkeypatch):
-    affect = an_expert("affect")
-    whole = affect(audio(16000, 2.0))
-    monkeypatch.setattr(affect, "BIAS_FLOATS", [4 * 104 * 7])    # 7 queries at a time
-    close(affect(audio(16000, 2.0)), whole, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["sound", "pitch"])
@@ -708,7 +697,7 @@ def test_frame_lands_in_the_token_that_holds_its_centre_and_constants_stay(frame
 def test_random_experts_are_loud_and_always_the_same(shipped, monkeypatch):
     with warnings.catch_warnings(action="error"):
         load("pitch", random=True)    # ships its weights
-    monkeypatch.setitem(EXPERTS, "affect", Affect)
+    EXPERTS["affect"] = Affect    # until `shipped` ends
     monkeypatch.setattr(Affect, "__init__", functools.partialmethod(Affect.__init__, **TINY))
     with pytest.warns(UserWarning, match="affect: RANDOM WEIGHTS"):
         first = load("affect", random=True)
@@ -856,10 +845,10 @@ ROW = {"audio": "a.wav", "prompt": "a", "response": "b"}
 @pytest.mark.parametrize("line, words", [
     *[(json.dumps(ROW | {key: value}), f'"{key}" is missing, empty, taken or of another kind')
       for key, value in [
-          ("seconds", 1e308), ("seconds", "4"), ("seconds", False), ("start", -1), ("end", math.nan),
-          ("wave", [0.1]), ("row", 1), ("audio", ["a.wav"]), ("prompt", " "), ("response", None),
+          ("seconds", 1e308), ("seconds", "4"), ("seconds", False), ("start", -1),
+          ("end", math.nan), ("wave", [0.1]), ("row", 1), ("audio", ["a.wav"]), ("prompt", " "), ("response", None),
           ("question", ["a"]), ("choices", "yes"), ("choices", [""]), ("task", None)]],
-    (json.dumps(ROW | {"more": "\ud800"}), "surrogates not allowed"), ("not json", "Expecting value"),
+    (json.dumps(ROW | {"more": "\ud800"}), "surrogates not"), ("not json", "Expecting value"),
     ("[1]", "write one JSON object"), ("[" * 40000, "recursion"), (b"\xff", "codec can't decode"),
     ('{"messages": []}', '"prompt" is missing.*data.py convert reads other formats')])
 def test_row_that_cannot_be_used_gives_one_line_with_its_number(tmp_path, line, words):
@@ -1154,7 +1143,8 @@ def test_check_says_what_a_stage_draws_and_what_training_skips(mixture, tmp_path
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 MMAR = ("Listen to the audio and answer the following multiple-choice question. Respond with only "
-        "the letter (A, B, C, or D) of the correct option.\nWhich?\nA. D\nB. A\nThe best answer is:")
+        "the letter (A, B, C, or D) of the correct option.\nWhich?\nA. D\nB. A\n"
+        "The best answer is:")
 MMSU = ("Listen to the audio and answer the following question.\n\nQuestion: Which?\n\n"
         "A. x\nB. y\nC. z\nD. {w}\n\nAnswer with the letter (A, B, C, or D) only.")
 ASR = "Please recognize the speech and only output the recognized content:"
@@ -1291,15 +1281,16 @@ sw_4390 A sw_4390_A 3.10 5.35 <O,sw,M,sw-M> (%HESITATION) WELL I (TH-) THINK <B_
 sw_4390 B inter_segment_gap 0.00 5.35 <O,sw,F,sw-F>
 """
 MS98 = """sw2001A-ms98-a-0001 0.000000 0.977625 [silence]
-sw2001A-ms98-a-0002 1.0 3.5 hi [laughter-i'd] like {coined} the[_1] th[e]- [noise] [splace/space] a_1
+sw2001A-ms98-a-0002 1.0 3.5 hi [laughter-i'd] like {coined} th[e]- [noise] [splace/space] a_1
 """
 SEGMENT = {"start": 1.0, "end": 3.5, "seconds": 2.5}
 LIBRISQA = "LibriSpeech/train-clean-360/100/121669/100-121669-0000.flac"
 LIBRISQA_ITEMS = [{"speech_path": "x/100-121669-0000.wav", "duration": 15.65, "answer": "B",
                    "question_and_option": text} for text in (
     "Who is A. Tom?\nA. A son B. A king\nC) None D: All of the above", "What?")]
-CORPORA = [    # name; files as its makers lay them out; [(audio, response, further keys)]; what is told
-    ("librispeech", {"train-clean-100/84/1/84-1-0000.flac": "", "train-clean-100/84/1/84-1.trans.txt":
+CORPORA = [    # name; files as its makers lay them out; [(audio, response, further keys)]; the count
+    ("librispeech", {"train-clean-100/84/1/84-1-0000.flac": "",
+                     "train-clean-100/84/1/84-1.trans.txt":
                      "84-1-0000 GO DO YOU HEAR\n84-1-0002 GONE\n"},
      [("train-clean-100/84/1/84-1-0000.flac", "go do you hear", {})],
      "1 left out, 1 no audio file"),
@@ -1370,7 +1361,7 @@ def test_emotions_and_genres_are_letters_balanced_and_always_the_same(tmp_path, 
     assert {(row["speaker"], row["recording"]) for row in rows} == {("Ses01F", "Ses01F_impro01")}
     open_rows, _ = convert(capsys, "iemocap_qa", tmp_path / "full")
     assert open_rows[0]["response"] == "neutral" and "choices" not in open_rows[0]
-    lay_out(tmp_path / "g", {f"genres/{name}": "" for name in ("rock/0.wav", "rock/x.mf", "pop/1.au")})
+    lay_out(tmp_path / "g/genres", {"rock/0.wav": "", "rock/x.mf": "", "pop/1.au": ""})
     rows, _ = convert(capsys, "gtzan", tmp_path / "g")
     assert_choices(rows, ["pop", "rock"], data.BENCHMARKS["gtzan"]["options"])
 
@@ -2346,21 +2337,19 @@ def test_bench_trains_every_way_and_times_each_expert(shipped):
     assert list(ways) == ["no block", "block", "block, recon", "block, pitch", "block, all experts",
                           "Trainer", "Trainer, by length"]
     assert ways["block"]["padding"] < ways["Trainer"]["padding"]
-    assert all(way["rows_per_s"] > 0 for way in ways.values())
+    assert all(way["rows/s"] > 0 for way in ways.values())
 
 
 # --------------------------------------------------------------------------------------------------
 # What goes wrong: weights
 
 @pytest.mark.parametrize("file, content, words", [
-    ("config.json", None, "config.json"), ("model.safetensors", None, "model.safetensors"),
-    ("preprocessor_config.json", None, "feature extractor"),
-    ("tokenizer.json", None, "tokenizer is missing"),
+    ("model.safetensors", None, "model.safetensors"), ("tokenizer.json", None, "is missing"),
     ("config.json", {"model_type": "bert"}, "config.json is that of 'bert'"),
     ("config.json", {"text_config": None}, "part of its config is null"),
     ("config.json", {"quantization_config": {"load_in_4bit": True}}, "quantised"),
-    ("config.json", {"text_config": {"intermediate_size": 96}}, "6 tensors are missing"),
-    ("config.json", b"\xff\0", "not a valid JSON"), ("tokenizer.json", b"[]", "TypeError"),
+    ("config.json", {"intermediate_size": 96}, "6 tensors are missing"),
+    ("tokenizer.json", b"[]", "TypeError"),
     ("chat_template.jinja", b"{{ messages[0].role }}", "number of audio inputs"),
     ("model.safetensors", b"<html>" * 99, "SafetensorError")])
 def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, content, words):
@@ -2372,9 +2361,8 @@ def test_folder_of_a_backbone_with_an_odd_file_is_refused(hub, tmp_path, file, c
     elif isinstance(content, bytes):
         write(folder / file, content)
     else:
-        with edited_json(folder / file) as value:
-            for key, new in content.items():
-                value[key] = value[key] | new if key == "text_config" and new else new
+        with edited_json(folder / file) as config:
+            (config["text_config"] if "intermediate_size" in content else config).update(content)
     with pytest.raises(ValueError, match=words) as error:
         coat = load_coat("qwen2-audio", model_path=folder)
         build_inputs(coat, [noise(1.0)], ["?"])
@@ -2441,22 +2429,15 @@ def test_any_exception_ends_a_program_in_one_line(error, words, capsys, monkeypa
 # What goes wrong: weights of an expert
 
 def test_weights_are_fetched_once_for_all_processes(monkeypatch, tmp_path):
-    shipped = (HERE / "assets" / Pitch.filename).read_bytes()
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(shipped)
-
+    shipped = HERE / "assets" / Pitch.filename
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with serving(Handler) as url, ThreadPoolExecutor(2) as pool:
-        monkeypatch.setattr(Pitch, "url", f"{url}/pitch.npz")
+    monkeypatch.setattr(Pitch, "url", shipped.as_uri())
+    fetch = unittest.mock.Mock(wraps=torch.hub.download_url_to_file)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    with ThreadPoolExecutor(2) as pool:
         list(pool.map(load, ["pitch"] * 2))
-    assert len(asked) == 1
-    assert (tmp_path / "checkpoints" / Pitch.filename).read_bytes() == shipped
+    assert fetch.call_count == 1
+    assert (tmp_path / "checkpoints" / Pitch.filename).read_bytes() == shipped.read_bytes()
 
 
 @pytest.mark.parametrize("write_file, words", [
@@ -2475,16 +2456,12 @@ def test_file_that_is_no_expert_is_named_in_one_line(write_file, words, tmp_path
     assert "--expert-pitch PATH" in line and "weights_only" not in line
 
 
-def test_check_goes_on_after_an_expert_that_is_missing(shipped, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(EXPERTS, "again", Pitch)
-    monkeypatch.setattr(sys, "argv", ["experts.py", "--check", "--expert-pitch", str(tmp_path)])
+def test_check_says_what_is_missing(shipped, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(experts, "__file__", str(tmp_path / "experts.py"))    # as if copied alone
+    monkeypatch.setattr(sys, "argv", ["experts.py", "--check"])
     with pytest.raises(SystemExit, match="1"):
         experts.main()
-    missing, found = capsys.readouterr().out.splitlines()
-    assert missing.startswith("error: pitch: cannot load") and "2112 x" in found
-    monkeypatch.setattr(experts, "__file__", str(tmp_path / "experts.py"))    # as if copied alone
-    with pytest.raises(RuntimeError, match="basic_pitch_icassp2022.npz of the repo"):
-        load("pitch")
+    assert re.match("error: pitch: cannot load .* Put basic_pitch", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("wave", [

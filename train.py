@@ -7,8 +7,6 @@
 Without --data it trains on synthetic tones. The run folder gets config.json (the flags), log.jsonl
 (a line a step), losses.png and checkpoint-STEP/: a plain PEFT adapter with the tokenizer, the heads
 with the scales of their losses (heads.safetensors), and what a resumed run needs (state.pt).
-
-`forward_backward` is the method; `train` has the loop over the steps.
 """
 import argparse
 import contextlib
@@ -33,8 +31,8 @@ from filelock import FileLock
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (TONES, Mixture, Rows, Tones, collate, expert_targets, fingerprint, idle_batch,
-                  open_source, plan_stage, to_device)
+from data import (TONES, Rows, Tones, collate, expert_targets, fingerprint, idle_batch, open_source,
+                  plan_stage, to_device)
 from experts import EXPERTS, load_experts
 from heads import heads_for, terms
 from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
@@ -59,6 +57,7 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 POSITIVE = in_range(float, 1e-30, 1e30)    # within fp32
 RANK = int(os.environ.get("RANK", 0))    # torchrun sets these; without it there is one process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))    # torchrun --max-restarts
 STOP = []    # why this run is to save and end before its next step: signals, exceptions
 
 
@@ -84,8 +83,7 @@ def build_parser():
     add("--init-from", type=absolute, help="run or checkpoint to take adapter and heads from")
     add("--stage", action="append", help="once a stage: STEPS:EXPERTS[:LR], an expert perhaps with "
         f"its weight: 500:recon,pitch=0.5:2e-4; or all, or none ({' '.join(PAPER_STAGES)})")
-    add("--no-think", action="store_true", help="no thinking block, and no experts; those that "
-        "--stage names stand on the audio tokens' own states")
+    add("--no-think", action="store_true", help="no block, and experts only if --stage names them")
     add("--head", default="transformer", choices=["transformer", "linear"], help="projection heads")
     add("--head-width", type=COUNT, help="width inside the heads (the backbone's)")
     add("--micro-tokens", type=COUNT, help="most tokens at once on a rank, with padding (all)")
@@ -114,8 +112,7 @@ def build_parser():
             ("workers", WORKERS, 2, "data processes a rank"),
             ("log-every", COUNT, 10, "steps between lines on the screen; log.jsonl has all"),
             ("heldout", lambda text: int(text) if text.isdigit() else absolute(text), 60,
-             "rows.jsonl, whose losses are logged at each checkpoint; of tones how many questions "
-             "of a kind are asked at the end")):
+             "rows.jsonl for losses at each checkpoint; or tone questions of a kind, at the end")):
         add(f"--{flag}", type=kind, default=default, help=f"{meaning} ({default})")
     return parser
 
@@ -125,13 +122,12 @@ def read_flags():
     resume, or to start from, else from DEFAULTS of the backbone, else from the parser."""
     parser = build_parser()
     given = parser.parse_args()
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))    # torchrun --max-restarts
-    if restarted and given.out and checkpoint_steps(given.out):
+    if RESTARTS and given.out and checkpoint_steps(given.out):
         given.resume = given.out
     saved = {}
-    checkpoint = None
-    if given.resume or given.init_from:
-        checkpoint = os.path.abspath(latest_checkpoint(given.resume or given.init_from))
+    checkpoint = given.resume or given.init_from
+    if checkpoint:
+        checkpoint = os.path.abspath(latest_checkpoint(checkpoint))
         saved = read_json(os.path.join(os.path.dirname(checkpoint), "config.json"))["flags"]
     if not given.resume:
         saved = {name: saved[name] for name in MODEL_FLAGS if saved}
@@ -148,8 +144,7 @@ def read_flags():
         args.data *= len(args.stage)
     for name, value in saved.items():
         if getattr(args, name, value) != value and name not in FREE_FLAGS:
-            raise InputError(f"--{name.replace('_', '-')} was {value} when the run began; leave it "
-                             "out, or start a new run")
+            raise InputError(f"--{name.replace('_', '-')} was {value} in that run; leave it out")
     if len(args.data) != len(args.stage):
         raise InputError(f"--data names {len(args.data)} for {len(args.stage)} stages")
     if args.batch % WORLD:
@@ -175,13 +170,13 @@ def parse_stage(text, args):
             for name in {"all": EXPERTS, "none": []}.get(task, [task]):
                 tasks[name] = POSITIVE(weight or 1)
         if set(tasks) - set(EXPERTS):
-            raise ValueError("there is no such expert")
+            raise ValueError("no such expert")
         weights = {term: weight * (args.w_pitch_aux if term == "pitch_aux" else 1)
                    for task, weight in tasks.items() for term in terms(task)}
         return Stage(COUNT(steps), list(tasks), weights, POSITIVE(*lr) if lr else args.lr)
     except (ValueError, TypeError, argparse.ArgumentTypeError) as e:
-        raise InputError(f"--stage {text}: {e}; give STEPS:EXPERTS[:LR] with EXPERTS from "
-                         f"{','.join(EXPERTS)}, or all, or none") from e
+        raise InputError(f"--stage {text}: {e}; give STEPS:EXPERTS[:LR] with EXPERTS of "
+                         f"{','.join(EXPERTS)}, all, none") from e
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,7 +228,7 @@ def on_signals(handler):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is trained
+# What is trained, and on what
 
 class Student(torch.nn.Module):
     """The backbone with its adapters, and the heads of a stage's experts."""
@@ -270,24 +265,22 @@ def build(args, tasks, device, checkpoint):
     if args.compile:
         coat.compile_layers()
     d = coat.hf.config.get_text_config().hidden_size
-    paths = {task: getattr(args, f"expert_{task}", None) for task in tasks}
+    paths = {task: getattr(args, f"expert_{task}", None) for task in tasks}    # recon has none
     experts = load_experts(tasks, d, device, args.random_experts, paths)
     heads = heads_for(d, experts, kind=args.head, width=args.head_width,
                       focal_gamma=args.focal_gamma).to(device)
-    others = [p for p in coat.parameters() if p.requires_grad]
-    others += [p for p in heads.parameters() if p.ndim < 2]
-    matrices = [p for p in heads.parameters() if p.ndim >= 2]    # they alone decay
-    groups = [{"params": others, "weight_decay": 0.0},
+    adapters = [p for p in coat.parameters() if p.requires_grad]
+    vectors = [p for p in heads.parameters() if p.ndim < 2]
+    matrices = [p for p in heads.parameters() if p.ndim >= 2]
+    groups = [{"params": adapters + vectors, "weight_decay": 0.0},
               {"params": matrices, "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
     return coat, experts, heads, optimizer
 
 
-# --------------------------------------------------------------------------------------------------
-# Rows: those of a stage are a function of (seed, stage), so the step alone says where a run stands
-
 def open_data(args, stages):
-    """([source of each stage], [(steps, rows) row numbers of each stage that are this rank's])"""
+    """([source of each stage], [(steps, rows) row numbers of each stage that are this rank's])."""
+    # They are a function of (seed, stage), so the step alone says where a run stands.
     n_rows = sum(stage.steps for stage in stages) * args.batch
     opened = {text: open_source(text, n_rows, args.seed) for text in args.data}
     sources = [opened[text] for text in args.data]
@@ -297,8 +290,8 @@ def open_data(args, stages):
         plans.append(plan.reshape(stage.steps, WORLD, -1)[:, RANK])
         epochs = plan.size / (len(source) - len(source.skipped))
         say(f"stage {number + 1}: {source.about}; {epochs:.3g} epochs")
-        if isinstance(source, Mixture):
-            say("\n".join(source.report(plan.size)))
+        if source.skipped:
+            say(f"{len(source.skipped)} rows are skipped; the first: {source.skipped[0][1]}")
     return sources, plans
 
 
@@ -307,6 +300,7 @@ def load_steps(source, plan, collate_step, args, device):
     steps = iter(torch.utils.data.DataLoader(
         Rows(source), batch_sampler=plan.tolist(), num_workers=args.workers,
         collate_fn=collate_step, pin_memory=device.type == "cuda",
+        multiprocessing_context="fork" if args.workers else None,
         worker_init_fn=lambda worker: os.setpgid(0, 0)))    # signals to a group are for the rank
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # torch's raises in the midst of a step
     try:
@@ -332,10 +326,6 @@ def calibrate(student, tasks, source, rows, collate_step, device):
         student.heads.calibrate(task, found)
 
 
-def millions(parameters):
-    return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
-
-
 def rehearse(student, sources, plans, collate_step, device):
     """The step with the longest row of the run, of which nothing is learned: what does not fit in
     memory says so now, and not in a week."""
@@ -345,9 +335,6 @@ def rehearse(student, sources, plans, collate_step, device):
         sum(student(to_device(batch, device)).values()).backward()
 
 
-# --------------------------------------------------------------------------------------------------
-# The run folder, and a step
-
 def claim_folder(args):
     """Makes the run folder -> a lock that keeps other runs out of it."""
     os.makedirs(args.out, exist_ok=True)
@@ -355,8 +342,8 @@ def claim_folder(args):
         raise InputError(f"'{args.out}' holds a run; give --resume or another --out")
     if RANK > 0:
         return contextlib.nullcontext()
-    # The data processes of a killed run need some seconds to end.
-    return FileLock(os.path.join(args.out, ".lock")).acquire(timeout=15)
+    lock = FileLock(os.path.join(args.out, ".lock"))
+    return lock.acquire(timeout=15)    # the data processes of a killed run end in some seconds
 
 
 def save(args, progress, coat, heads, optimizer):
@@ -391,14 +378,6 @@ def load_progress(optimizer, checkpoint, device):
         if not (p.isfinite() & moments["exp_avg"].isfinite()).all():
             raise InputError(f"'{checkpoint}' holds NaN; delete it to go on after the one before")
     return state["progress"]
-
-
-def read_log(path, last_step):
-    """The lines of log.jsonl up to a step, without one that a kill has cut."""
-    with open(path, "a+") as file:
-        file.seek(0)
-        lines = [json.loads(text) for text in file.read().splitlines() if text.endswith("}")]
-    return [line for line in lines if line["step"] <= last_step]
 
 
 def draw(lines, path):
@@ -466,7 +445,9 @@ def heldout_losses(student, source, weights, collate_step, batch_size, device):
     rows = np.argsort(source.lengths, kind="stable")[RANK::WORLD].tolist()
     sums = Counter()
     for i in range(0, len(rows), batch_size):
-        batches, _ = collate_step([Rows(source)[row] for row in rows[i:i + batch_size]])
+        batches, left_out = collate_step([Rows(source)[row] for row in rows[i:i + batch_size]])
+        for reason in left_out:
+            say(f"skipped: {reason}", each=True)
         sums.update(count(batches))
         for batch in batches:
             losses = student(to_device(batch, device))
@@ -478,20 +459,20 @@ def heldout_losses(student, source, weights, collate_step, batch_size, device):
 
 def ask_heldout(coat, kinds, args):
     """Held-out questions about tones and, as a control, the same over another row's clip."""
-    def share_right(rows):
-        (batch,), _ = collate(rows, coat.spec, think=coat.think, responses=False)
-        answers = coat.generate(to_device(batch, coat.hf.device), max_new_tokens=12)
-        return sum(answer == row["response"] for answer, row in zip(answers, rows)) / len(rows)
-
     coat.merge()
     heldout = Rows(Tones("heldout", args.heldout * len(kinds), kinds))
     results = {}
     say(f"\n{'held-out question':28}{'heard':>8}{'other clip':>12}{'chance':>8}")
     for i, kind in enumerate(kinds):
-        question, answers = TONES[kind]
         rows = [heldout[row] for row in range(i, args.heldout * len(kinds), len(kinds))]
         others = [row | {"wave": rows[j - 1]["wave"]} for j, row in enumerate(rows)]
-        shares = [share_right(rows), share_right(others), 1 / len(answers)]
+        shares = []
+        for asked in (rows, others):
+            (batch,), _ = collate(asked, coat.spec, think=coat.think, responses=False)
+            answers = coat.generate(batch, max_new_tokens=12)
+            shares.append(np.mean([a == row["response"] for a, row in zip(answers, rows)]))
+        question, answers = TONES[kind]
+        shares.append(1 / len(answers))
         results[kind] = dict(zip(("heard", "other_clip", "chance"), shares))
         say("{:28}{:8.0%}{:12.0%}{:8.0%}".format(question, *shares))
     write_file(os.path.join(args.out, "heldout.json"), json.dumps(results, indent=1))
@@ -511,23 +492,22 @@ def train(args, stages, device, sources, plans, config, checkpoint):
                                      micro_tokens=args.micro_tokens)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     flops = 4 * coat.decoder_weights    # a token: forward, and backward to activations alone
-    say(f"{args.backbone} on {WORLD} x {device}: {millions(coat.parameters())} weights, heads "
-        f"{millions(heads.parameters())} ({', '.join(tasks)}), {millions(params)} trained; "
-        f"{flops / 1e9:.3g} GFLOP a token\n"
+    weights, trained = [sum(p.numel() for p in some) for some in (coat.parameters(), params)]
+    say(f"{args.backbone} on {WORLD} x {device}: {weights:,} weights; with heads of "
+        f"{', '.join(tasks) or 'none'} {trained:,} trained; {flops / 1e9:.3g} GFLOP a token\n"
         f"{total_steps} steps of {args.batch} rows, to {args.out}")
     known = together(load_heads, heads, checkpoint) if checkpoint else ()
     progress = {"step": 0, "skipped": sum(len(s.skipped) for s in set(sources)), "lost": 0}
     if args.resume:
         began = read_json(os.path.join(args.resume, "config.json"))
         if began["rows"] != config["rows"]:
-            raise InputError("the rows, or the lengths of their audio, are not those that the run "
-                             "began with; bring them back, or start a new run")
+            raise InputError("the rows or lengths of audio are not those that the run began with")
         for what in ("world", "torch"):
             if began[what] != config[what]:
                 say(f"!! not bit for bit: {what} was {began[what]}, now {config[what]}")
         progress = together(load_progress, optimizer, checkpoint, device)
-        if progress["step"] == total_steps:
-            say("this run is finished; no step is left")
+        say(f"goes on after step {progress['step']} of {total_steps}"
+            + ": the run is finished" * (progress["step"] == total_steps))
     else:
         most = max(stage.steps for stage in stages)
         rows = plan_stage(sources[0], most, args.batch, args.seed, 0).ravel()
@@ -544,20 +524,19 @@ def train(args, stages, device, sources, plans, config, checkpoint):
     optimizer.zero_grad(set_to_none=True)
 
     log_path = os.path.join(args.out, "log.jsonl")
-    lines = read_log(log_path, progress["step"])
-    if RANK == 0:    # what came after the checkpoint is done again
+    lines = []
+    if RANK == 0:    # what came after the checkpoint is done again; a kill may have cut a line
+        with open(log_path, "a+") as file:
+            file.seek(0)
+            lines = [json.loads(text) for text in file if text.endswith("}\n")]
+        lines = [line for line in lines if line["step"] <= progress["step"]]
         write_file(log_path, "".join(json.dumps(line) + "\n" for line in lines))
     chip = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((flops for name, flops in PEAKS.items() if name in chip), None)
-    heldout_rows = None
-    if isinstance(args.heldout, str):
-        heldout_rows = together(open_source, args.heldout)
-        say(f"held out: {heldout_rows.about}")
-    lost_in_a_row = 0
-    begin = time.time()
-    first_step = progress["step"]
-    bar = tqdm(total=total_steps, initial=first_step, dynamic_ncols=True,
+    peak = max((flops for name, flops in PEAKS.items() if name in chip), default=None)
+    heldout_rows = together(open_source, args.heldout) if isinstance(args.heldout, str) else None
+    bar = tqdm(total=total_steps, initial=progress["step"], dynamic_ncols=True,
                disable=RANK > 0 or not sys.stderr.isatty())
+    lost_in_a_row = 0
     on_signals(lambda number, frame: STOP.append(number))
 
     for number, stage in enumerate(stages):
@@ -570,7 +549,7 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             optimizer.zero_grad(set_to_none=True)    # they are parts of the last stage's buckets
             trained = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
                                               gradient_as_bucket_view=True)
-            # The first backward pass decides the order of the buckets, which shows in the last bit.
+            # The first backward pass decides the order of the buckets, which shows in last bits.
             # After an idle one, a resumed run sums as an uninterrupted one does.
             sum(trained(to_device(idle_batch(coat.spec, rates), device)).values()).backward()
             optimizer.zero_grad(set_to_none=False)
@@ -622,8 +601,7 @@ def train(args, stages, device, sources, plans, config, checkpoint):
                                        args.batch // WORLD, device)
             lines.append(line)
             if saves or progress["step"] % args.log_every == 0:
-                eta = (time.time() - begin) / (progress["step"] - first_step)
-                eta *= total_steps - progress["step"]
+                eta = took * (total_steps - progress["step"])
                 cells = [f"{key} {value:.3g}" for key, value in line.items()
                          if value is not None and key not in progress]
                 say(f"step {progress['step']}/{total_steps} {' '.join(cells)} eta {eta:.0f} s")
@@ -655,7 +633,10 @@ def main():
     one_line_errors(less_memory="--micro-tokens 2048, --checkpointing or --head-width 1024")
     if WORLD > 1:    # rank 0 calibrates and saves while the others wait
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(str(RESTARTS), store)    # else it gives addresses of before
+        dist.init_process_group(backend, rank=RANK, world_size=WORLD, store=store,
+                                timeout=datetime.timedelta(hours=2))
     args, checkpoint = together(read_flags)
     stages = [parse_stage(text, args) for text in args.stage]
     if args.threads:
@@ -667,8 +648,9 @@ def main():
     sources, plans = together(open_data, args, stages)
     config = {"flags": vars(args), "rows": [fingerprint(source) for source in sources],
               "world": WORLD, "torch": torch.__version__}
-    if any(rows != config["rows"] for rows in gather(config["rows"])):
-        raise InputError("the ranks find different rows or audio; give all of them the same files")
+    seen = config["rows"] + [os.path.basename(checkpoint or "")]
+    if any(of_rank != seen for of_rank in gather(seen)):
+        raise InputError("the ranks find different rows, audio or checkpoints")
     with together(claim_folder, args):
         train(args, stages, device, sources, plans, config, checkpoint)
     if WORLD > 1:
