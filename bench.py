@@ -239,7 +239,6 @@ def train(args):
             "Trainer, by length": (their_steps, True, "group_by_length")}
     chip = torch.cuda.get_device_name() if on_gpu else "CPU"
     peak = next((peak for name, peak in PEAKS.items() if name in chip), float("inf"))
-    print(f"{'':20}{'rows/s':>10}{'tokens/s':>10}{'padding':>10}{'MFU':>10}{'GiB':>10}")
     results = {}
     for way, (steps, coat.think, what) in ways.items():
         times.clear()
@@ -250,11 +249,11 @@ def train(args):
         seconds = times[-1] - times[0]
         tokens, slots = np.sum(counts[1:args.steps + 1], 0)
         results[way] = {
-            "rows_per_s": (n - args.batch) / seconds, "tokens_per_s": tokens / seconds,
+            "rows/s": (n - args.batch) / seconds, "tokens/s": tokens / seconds,
             "padding": 1 - tokens / slots,
-            "mfu": 4 * coat.decoder_weights * tokens / seconds / peak,
-            "gib": torch.cuda.max_memory_allocated() / 2 ** 30 if on_gpu else 0}
-        print(f"{way:20}" + "".join(f"{value:10.4g}" for value in results[way].values()))
+            "MFU": 4 * coat.decoder_weights * tokens / seconds / peak,
+            "GiB": torch.cuda.max_memory_allocated() / 2 ** 30 if on_gpu else 0}
+        print(f"{way:18}", *(f"  {key} {value:.4g}" for key, value in results[way].items()))
     print(json.dumps({"flags": vars(args), "chip": chip, "ways": results}, default=str))
 
 
@@ -266,9 +265,9 @@ def parse_args():
         p = commands.add_parser(command.__name__, help=command.__doc__, usage="%(prog)s [flags]")
         add = p.add_argument
         add("--backbone", default="tiny", choices=list(BACKBONES))
-        add("--model-path", help="a local folder with the backbone, not the hub")
+        add("--model-path", help="a local folder, not the hub")
         add("--random-weights", action="store_true", help="full size, no files")
-        add("--data", metavar="ROWS", help="real rows, see data.py; else noise")
+        add("--data", metavar="ROWS", help="real rows, see data.py")
         add("--device", help="cpu or cuda")
     add("--steps", type=COUNT, default=5)
     add("--batch", type=COUNT, default=8, help="rows a step")

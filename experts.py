@@ -4,7 +4,7 @@
     python experts.py --check --expert-speech spidr_base.pt    # with a file of yours
 
     >>> import experts, torch, torchaudio
-    >>> expert = experts.load("sound", random=True)    # not random: fetched once, 330 MB
+    >>> expert = experts.load("sound", random=True)    # else its weights are fetched once, 330 MB
     >>> rate = 16000    # Hz
     >>> wave = 0.1 * torch.randn(rate)    # (N,) float32 in [-1, 1]: 1 s of noise
     >>> wave = torchaudio.functional.resample(wave, rate, expert.sample_rate)

@@ -52,8 +52,7 @@ class ProjectionHead(nn.Module):
         self.out = nn.Linear(width, dim)
 
     def forward(self, h, valid):
-        """h (B, L, D) thinking states, valid (B, L) bool -> (B, L, E). What stands beyond a clip's
-        end means nothing."""
+        """h (B, L, D), valid (B, L) bool -> (B, L, E); beyond a clip's end it means nothing."""
         x = self.reduce(h)
         if self.kind == "transformer":
             x = x + self.attend(self.norm1(x), valid)
@@ -126,7 +125,7 @@ def best_constant(loss, target):
 
 
 class ExpertHeads(nn.ModuleDict):
-    """The heads of a run by task: P_k, and L_k with its scale.
+    """P_k of each task, and L_k with its scale.
 
     d           hidden size of the backbone
     dims        {task: e_k}
@@ -197,7 +196,7 @@ class ExpertHeads(nn.ModuleDict):
         out.bias.copy_(z.mean(0))
 
     def tensors_of(self, task):
-        """Names in the state dict that belong to a task: its head, and the scales of its terms."""
+        """Names in the state dict that belong to a task: of its head and its scales."""
         scales = [f"{term}_scale" for term in terms(task)]
         return [name for name in self.state_dict() if name in scales or name.split(".")[0] == task]
 

@@ -23,8 +23,8 @@ from collections import Counter
 from typing import NamedTuple
 
 from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
-                   latest_checkpoint, load_coat, one_line_errors, read_json, usable_device,
-                   write_file)    # first: it names a library that does not import
+                   latest_checkpoint, load_coat, one_line_errors, read_json, to_device,
+                   usable_device, write_file)    # first: it names a library that does not import
 
 import numpy as np
 import safetensors.torch
@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (TONES, Rows, Tones, collate, expert_targets, fingerprint, idle_batch, open_source,
-                  plan_stage, to_device)
+                  plan_stage)
 from experts import EXPERTS, load_experts
 from heads import heads_for, terms
 
