@@ -25,7 +25,6 @@ from typing import NamedTuple
 from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
                    latest_checkpoint, load_coat, one_line_errors, read_json, to_device,
                    usable_device, write_file)    # first: it names a library that does not import
-
 import numpy as np
 import safetensors.torch
 import soundfile
@@ -57,7 +56,7 @@ POSITIVE = in_range(float, 1e-30, 1e30)    # within fp32
 RANK = int(os.environ.get("RANK", 0))    # torchrun sets these; without it there is one process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))    # torchrun --max-restarts
-STOP = []    # why this run is to save and end before its next step: signals, exceptions
+STOP = []    # why the run is to save and end before its next step
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,8 +64,7 @@ STOP = []    # why this run is to save and end before its next step: signals, ex
 
 def absolute(text):
     """A path that is there as an absolute one: a run may be resumed from another folder."""
-    is_path = os.path.exists(text) and text.partition(":")[0] != "tones"
-    return os.path.abspath(text) if is_path else text
+    return os.path.abspath(text) if os.path.exists(text) and text != "tones" else text
 
 
 def build_parser():
@@ -78,7 +76,7 @@ def build_parser():
     add("--data", type=absolute, nargs="+", default=["tones"], help="mixture.json, rows.jsonl or "
         "tones[:KINDS[:LABELLED]]; one for all stages, or one for each (tones)")
     add("--out", help="run folder (runs/BACKBONE)")
-    add("--resume", help="run folder to go on with; its config.json gives the other flags")
+    add("--resume", help="run to go on with; its config.json gives the flags")
     add("--init-from", type=absolute, help="run or checkpoint to take adapter and heads from")
     add("--stage", action="append", help="once a stage: STEPS:EXPERTS[:LR], an expert perhaps with "
         f"its weight: 500:recon,pitch=0.5:2e-4; or all, or none ({' '.join(PAPER_STAGES)})")
@@ -86,11 +84,11 @@ def build_parser():
     add("--head", default="transformer", choices=["transformer", "linear"], help="projection heads")
     add("--head-width", type=COUNT, help="width inside the heads (the backbone's)")
     add("--micro-tokens", type=COUNT, help="most tokens at once on a rank, with padding (all)")
-    add("--threads", type=COUNT, help="CPU threads of a rank; the last bit of sums depends on them")
+    add("--threads", type=COUNT, help="CPU threads of a rank; last bits of sums depend on them")
     add("--device", help="cpu or cuda (the GPU; for tiny also the CPU)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
-        help="recompute activations in the backward pass: less memory, more time")
-    add("--compile", action="store_true", help="torch.compile each decoder layer")
+        help="recompute activations: less memory, slower")
+    add("--compile", action="store_true", help="torch.compile decoder layers")
     add("--train-projector", action="store_true", help="the audio projector, too")
     add("--random-experts", action="store_true", help="for tests and timing only")
     for task, expert in EXPERTS.items():
@@ -117,8 +115,8 @@ def build_parser():
 
 
 def read_flags():
-    """(flags, checkpoint to begin with or None). A flag that is not given comes from the run to
-    resume, or to start from, else from DEFAULTS of the backbone, else from the parser."""
+    """(flags, checkpoint to begin with or None). A flag that is not given is that of the run to go
+    on with or to start from, else DEFAULTS of the backbone, else the parser's."""
     parser = build_parser()
     given = parser.parse_args()
     if RESTARTS and given.out and checkpoint_steps(given.out):
@@ -193,7 +191,7 @@ def sum_over_ranks(numbers):
 
 
 def together(work, *args):
-    """work(*args) on each rank. If it fails on one, all of them end, and none waits for hours."""
+    """work(*args) on each rank. If it fails on one, all end, and none waits for hours."""
     try:
         result, error = work(*args), None
     except Exception as e:
@@ -330,12 +328,12 @@ def rehearse(student, sources, plans, collate_step):
 
 
 def claim_folder(args):
-    """Makes the run folder -> a lock that keeps other runs out of it."""
+    """Makes the run folder -> a lock against other runs."""
     os.makedirs(args.out, exist_ok=True)
     if checkpoint_steps(args.out) and not args.resume:
         raise InputError(f"'{args.out}' holds a run; give --resume or another --out")
     lock = FileLock(os.path.join(args.out, f".lock-{RANK}"))
-    return lock.acquire(timeout=15)    # the data processes of a killed run end in some seconds
+    return lock.acquire(timeout=15)    # data processes of a killed run need some seconds to end
 
 
 def save(args, progress, coat, heads, optimizer):
@@ -413,8 +411,8 @@ def count(batches):
 def forward_backward(student, batches, n, weights):
     """{"loss", "ce", and the experts' terms} of a step over all ranks; leaves the gradients.
 
-    Each is a sum over the global batch divided by its count over the global batch (n), so that it
-    does not matter how the rows are cut into micro-batches and ranks. weights: {term: w_k}"""
+    Each is a sum over the global batch divided by its count over the global batch, n, however the
+    rows are cut into micro-batches and ranks. weights: {term: w_k}"""
     sums = Counter()
     for batch in batches:
         last = batch is batches[-1]    # only the last micro-batch exchanges gradients
@@ -515,7 +513,6 @@ def train(args, stages, device, sources, plans, config, checkpoint):
     optimizer.zero_grad(set_to_none=True)
 
     log_path = os.path.join(args.out, "log.jsonl")
-    lines = []
     if RANK == 0:    # what came after the checkpoint is done again; a kill may have cut a line
         with open(log_path, "a+") as file:
             file.seek(0)
@@ -539,8 +536,8 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             optimizer.zero_grad(set_to_none=True)    # they are parts of the last stage's buckets
             trained = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
                                               gradient_as_bucket_view=True)
-            # The first backward pass decides the order of the buckets, and of sums. After an idle
-            # one, a resumed run has the last bits of an uninterrupted one.
+            # The first backward pass orders the buckets, and so the sums: an idle one, so that a
+            # resumed run has the last bits of an uninterrupted one.
             sum(trained(idle_batch(coat.spec, rates)).values()).backward()
             optimizer.zero_grad(set_to_none=False)
         plan = plans[number][i:]
@@ -576,7 +573,6 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             optimizer.zero_grad(set_to_none=WORLD == 1)    # DDP's buckets stay
             if not n["frames"]:    # rows of text alone say nothing about the experts
                 losses |= dict.fromkeys(stage.weights)
-
             took = time.time() - t0
             line = progress | {
                 "stage": number + 1, "lr": lr, **losses, "grad_norm": norm,
@@ -589,14 +585,14 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             if saves and heldout_rows:
                 line |= heldout_losses(student, heldout_rows, stage.weights, collate_step,
                                        args.batch // WORLD)
-            lines.append(line)
             if saves or progress["step"] % args.log_every == 0:
-                eta = took * (total_steps - progress["step"])
                 cells = [f"{key} {value:.3g}" for key, value in line.items()
                          if value is not None and key not in progress]
+                eta = took * (total_steps - progress["step"])
                 say(f"step {progress['step']}/{total_steps} {' '.join(cells)} eta {eta:.0f} s")
             bar.update()
             if RANK == 0:
+                lines.append(line)
                 with open(log_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
             if saves:
@@ -631,9 +627,8 @@ def main():
     stages = [parse_stage(text, args) for text in args.stage]
     if args.threads:
         torch.set_num_threads(args.threads)
-    name = args.device
-    if WORLD > 1 and name != "cpu" and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    on_gpus = WORLD > 1 and args.device != "cpu" and torch.cuda.is_available()
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpus else args.device
     device = together(usable_device, name, args.backbone)
     sources, plans = together(open_data, args, stages)
     config = {"flags": vars(args), "rows": [fingerprint(source) for source in sources],
