@@ -61,7 +61,7 @@ import model
 from data import (Manifest, Mixture, Rows, Tones, at_rate, collate, open_source, plan_stage,
                   read_audio)
 from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, Pitch, SoundEvents, SpeechUnits, load,
-                     load_experts, resample_frames)
+                     resample_frames)
 from model import (BACKBONES, IGNORE, THINK, THINK_END, THINK_START, InputError, TooLong,
                    build_inputs, load_coat, n_audio_tokens, render_prompt)
 
@@ -567,15 +567,6 @@ def test_no_constant_answer_costs_less_than_the_best(loss, power):
         assert (loss((best + step).expand_as(target), target).mean(0) > least).all()
 
 
-def test_only_the_heads_with_targets_run_and_learn(two_heads):
-    expert_heads, h, valid, targets = two_heads
-    losses = expert_heads(h, valid, {"recon": targets["recon"]})
-    assert list(losses) == ["recon"]
-    losses["recon"].backward()
-    assert expert_heads["recon"].out.weight.grad.any()
-    assert all(p.grad is None for p in expert_heads["pitch"].parameters())
-
-
 def test_padded_batch_costs_what_its_clips_cost(two_heads):
     expert_heads, h, valid, targets = two_heads
     torch.nn.init.normal_(expert_heads["pitch"].out.weight)
@@ -592,20 +583,15 @@ def test_padded_batch_costs_what_its_clips_cost(two_heads):
 def test_batch_without_audio_gives_every_head_a_gradient_of_zero(two_heads):
     """Of zero, not none: the ranks wait for each other's gradients."""
     expert_heads, h, valid, targets = two_heads
-    targets = {task: z[:, :1] for task, z in targets.items()}
-    losses = expert_heads(h[:, :1], torch.zeros_like(valid[:, :1]), targets)
-    sum(losses.values()).backward()
+    sum(expert_heads(h, torch.zeros_like(valid), targets).values()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in expert_heads.parameters())
 
 
-def test_losses_are_fp32_under_autocast_and_scales_are_saved_with_the_heads(two_heads):
+def test_losses_are_summed_in_fp32_under_autocast(two_heads):
     expert_heads, *batch = two_heads
     with torch.autocast("cpu", torch.bfloat16):
         losses = expert_heads(*batch)
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    names = set(expert_heads.state_dict())
-    assert {"recon_scale", "pitch_scale", "pitch_aux_scale", "pitch.out.weight"} < names
-    assert not any("readout" in name for name in names)
 
 
 def test_features_that_are_not_finite_give_no_scale(two_heads):
@@ -700,26 +686,14 @@ def test_random_experts_are_loud_and_always_the_same(shipped, monkeypatch):
     EXPERTS["affect"] = Affect    # until `shipped` ends
     monkeypatch.setattr(Affect, "__init__", functools.partialmethod(Affect.__init__, **TINY))
     with pytest.warns(UserWarning, match="affect: RANDOM WEIGHTS"):
-        first = load("affect", random=True)
-        second = load("affect", random=True)
-    assert torch.equal(first(audio(16000, 0.5)), second(audio(16000, 0.5)))
+        first, second = [load("affect", random=True)(audio(16000, 0.5)) for _ in range(2)]
+    assert torch.equal(first, second)
 
 
-def test_emotion_head_of_a_plus_file_is_kept_and_read_out():
-    weights = official(Affect, **TINY) | {"proj.weight": torch.randn(9, 256),
-                                          "proj.bias": torch.zeros(9)}
-    plus = Affect.from_state_dict({"model": weights})
-    z = torch.randn(4, 256)
-    assert_close(plus.readout(z), z @ weights["proj.weight"].T)
+def test_emotion_head_of_a_plus_file_is_kept():
+    plus = Affect.from_state_dict(official(Affect, emotions=9, **TINY))
+    assert plus.readout(torch.randn(4, 256)).shape == (4, len(plus.EMOTIONS))
     assert an_expert("affect").readout is SpeechUnits.readout is None
-
-
-def test_recon_is_an_expert_like_the_others():
-    some = load_experts(["recon", "pitch"], d=6)
-    batch = {"n_audio": torch.tensor([5, 0]), "waves": {22050: [chord()[:4410], None]}}
-    x = torch.randn(2, 5, some["recon"].dim)
-    targets = data.expert_targets(some, batch, x)
-    assert targets["recon"] is x and targets["pitch"].shape == (2, 5, 2112)
 
 
 def test_sixth_expert_is_one_class_and_one_row(monkeypatch, tmp_path):
@@ -2230,10 +2204,8 @@ def bench_of_rows(path, *args):
 
 def test_bench_of_noise_counts_tokens_and_says_what_transformers_says():
     by = {line["arm"]: line for line in bench("latency", "--seconds", 1, "--seeds", 1)["rows"]}
-    added = by["CoAT"]["prompt"][0] - by["base"]["prompt"][0]
-    assert added == by["CoAT"]["block"][0] == 25 + 2
-    decoded = {arm: line["decoded"][0] for arm, line in by.items()}
-    assert decoded == {"base": 20, "CoAT": 20, "text-CoT": 120, "generate": 20}
+    assert by["CoAT"]["prompt"][0] - by["base"]["prompt"][0] == by["CoAT"]["block"][0] == 25 + 2
+    assert [line["decoded"][0] for line in by.values()] == [20, 20, 120, 20]
     assert by["generate"]["same_ids"] == 1
 
 
