@@ -10,8 +10,8 @@ A manifest holds one JSON object a line; audio paths are relative to it, null is
     {"audio": "clips/rain.flac", "prompt": "What is heard?", "response": "rain", "task": "caption"}
 
 Optional: "start" and "end" in seconds (a segment of the file), "seconds" (its length, saves opening
-the file), "choices" (of a multiple-choice row), "question" (what a judge is shown instead of the
-prompt). Rows count from 0 in all files and messages.
+it), "choices" (the options), "question" (what a judge is shown instead of the prompt). Rows count
+from 0 in all files and messages.
 """
 import argparse
 import ast
@@ -27,19 +27,20 @@ import json
 import math
 import os
 import re
-import string
 import sys
 from array import array
 from collections import Counter
+
+# First: it says in one line which library is missing.
+from model import (ASSETS, IGNORE, MAX_PEAK, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError,
+                   at_rate, build_inputs, check_seconds, check_text, encode_row, load_coat,
+                   one_line_errors, pad_batch, pad_rows, read_json)
 
 import numpy as np
 import soundfile
 import torch
 
 from experts import EXPERTS, resample_frames
-from model import (ASSETS, IGNORE, MAX_PEAK, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError,
-                   at_rate, build_inputs, check_seconds, check_text, encode_row, load_coat,
-                   one_line_errors, pad_batch, pad_rows, read_json)
 
 STARTS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22",    # of a stream
           "MP3": rb"\AID3|\A\xff[\xe0-\xff]"}
@@ -159,18 +160,18 @@ def open_source(text, training_rows=None, seed=0):
 
 
 def usable_rows(source):
-    """(usable,) row numbers that can be used, as far as headers and stated lengths tell."""
+    """(usable,) row numbers, as far as headers and stated lengths tell."""
     return np.setdiff1d(np.arange(len(source)), [i for i, _ in source.skipped])
 
 
 def passes(rows, n, rng):
-    """(n,) of the rows: whole passes in random order, the last one perhaps cut short."""
+    """(n,) of the rows: whole passes in random order, the last one cut short."""
     whole = math.ceil(n / max(1, len(rows)))
     return np.concatenate([rows[:0], *(rng.permutation(rows) for _ in range(whole))])[:n]
 
 
 def fingerprint(source):
-    """Hex digest of what plans follow from: the rows and the lengths of the audio."""
+    """Hex digest of what plans follow from: rows and lengths."""
     found = hashlib.sha256(source.lengths.tobytes())
     for path in source.files:
         with open(path, "rb") as file:
@@ -224,8 +225,8 @@ class Manifest:
         stated = array("d")    # seconds of each row, nan where unknown
         for path in paths:
             if not os.path.isfile(path) or path.endswith(".parquet"):
-                raise InputError(f"'{path}' is neither a file of JSON lines, as data.py convert "
-                                 f"writes, nor a benchmark: {', '.join(BENCHMARKS)}")
+                raise InputError(f"'{path}' is neither JSON lines, as convert writes, nor one of "
+                                 f"{', '.join(BENCHMARKS)}")
             start = 0
             for number, line in enumerate(open(path, "rb"), 1):
                 if line.strip():
@@ -381,7 +382,7 @@ class Mixture(Manifest):
 
     def report(self, n):
         counts = self.counts(n)
-        lines = [f"{'usable rows':>14}{'drawn':>10}{'share':>8}{'epochs':>8}"]    # of a stage
+        lines = [f"{'usable rows':>14}{'drawn':>10}{'share':>8}{'epochs':>8}"]
         for path, rows, count in zip(self.paths, self.usable, counts):
             epochs = count / max(1, len(rows))
             lines.append(f"{len(rows):14}{count:10}{count / n:8.2%}{epochs:8.2f}  {path}")
@@ -588,7 +589,7 @@ def collate(rows, spec, rates=(), think=True, responses=True, micro_tokens=None)
 
 
 def idle_batch(spec, rates):
-    """A row of text without targets, for a rank that must take a turn and has no row."""
+    """A row of text without targets, for a rank that has no row and must take a turn."""
     batch = build_inputs(spec, [None], ["nothing"], [""])
     batch["labels"].fill_(IGNORE)
     return batch | {"waves": {rate: [None] for rate in rates}, "rows": [], "seconds": 0.0}
@@ -618,7 +619,7 @@ def expert_targets(experts, batch, audio_embeds=None):
 # Data sets as tables: assets/corpora.json, what one trains on, as its makers lay it out, and
 # assets/benchmarks.json, evaluation sets as lmms-eval has them. Both explain their keys.
 
-LETTERS = string.ascii_uppercase
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aiff", ".aif", ".w64", ".caf")
 FAMILIES = ("General", "AIR-Bench", "Music", "Emotion", "ASR")    # of benchmarks, table 1
 TABLES = ("csv", "json", "hub")    # what `convert` reads by names of columns
@@ -635,7 +636,7 @@ for SETS in (CORPORA, BENCHMARKS):
 
 
 class LeftOut(Exception):
-    """Why an item becomes no row, to be counted."""
+    """Why an item becomes no row."""
 
 
 def as_list(value):
@@ -936,7 +937,7 @@ def any_table(args):
         clip = cells[audio] if audio else None
         if None in cells or any(isinstance(text, (list, dict, type(None)))
                                 for text in (response, question)):
-            yield "with no text where one belongs, or with commas outside of quotes"
+            yield "no text where one belongs, or commas outside of quotes"
             continue
         if isinstance(clip, dict) and clip["bytes"]:    # of a data set; written as it is stored
             ending = os.path.splitext(clip["path"] or "")[1]

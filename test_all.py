@@ -60,7 +60,6 @@ import infer
 import model
 from data import (Manifest, Mixture, Rows, Tones, at_rate, collate, open_source, plan_stage,
                   read_audio)
-from docs import pictures
 from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, Pitch, SoundEvents, SpeechUnits, load,
                      load_experts, resample_frames)
 from model import (BACKBONES, IGNORE, THINK, THINK_END, THINK_START, InputError, TooLong,
@@ -851,7 +850,7 @@ def test_row_that_cannot_be_used_gives_one_line_with_its_number(tmp_path, line, 
 
 
 @pytest.mark.parametrize("name, words", [
-    ("none.jsonl", "neither a file .*mmau"), ("empty.jsonl", "no rows"), ("a.parquet", "convert"),
+    ("none.jsonl", "neither JSON lines.*mmau"), ("empty.jsonl", "no rows"), ("a.parquet", "convert"),
     (".", "convert"), ("tones:xyz", "give tones"), ("tones:note:5:5", "give tones")])
 def test_source_that_does_not_exist_is_refused(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
@@ -1390,12 +1389,12 @@ def test_columns_of_the_usual_names_need_no_flag_and_what_is_no_text_is_counted(
     lay_out(tmp_path / "t", {"t.csv": 'prompt,response\nWhy?,Hello, world\nWhy?,"Hello, world"\n'})
     rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv")
     assert [row["response"] for row in rows] == ["Hello, world"]
-    assert "1 left out, 1 with no text where one belongs, or with commas" in counts
+    assert "1 left out, 1 no text where one belongs, or commas" in counts
     items = [{"prompt": "?", "response": a} for a in (["x"], {"b": "c"}, 3, "\ud800")]
     write_lines(tmp_path / "t/t.jsonl", items)
     rows, counts = convert(capsys, "json", tmp_path / "t/t.jsonl")
     assert [row["response"] for row in rows] == ["3"]
-    assert "2 with no text where one belongs" in counts and "surrogates" in counts
+    assert "2 no text where one belongs" in counts and "surrogates" in counts
 
 
 @pytest.mark.parametrize("there, named, found", [
@@ -1622,27 +1621,16 @@ def asked(*args, **kwargs):
     return run("infer.py", "ask", *args, *flags, **kwargs)
 
 
-def test_merged_folder_and_score_say_what_ask_says(answers, three_notes, trained, merged, tmp_path):
+def test_merged_folder_its_card_and_score_say_what_ask_says(
+        answers, three_notes, trained, merged, tmp_path):
     assert answers[trained.folder] == answers[merged] != [""] * 3
     for name, said in answers.items():
         out = tmp_path / name.name
         run("infer.py", "score", name, three_notes / "rows.jsonl", "--out", out, "--workers", 0,
             "--max-new-tokens", 20)
         assert [line["answer"] for line in predictions(out)] == said
-
-
-def test_the_model_cards_lines_without_our_code_say_what_ask_says(answers, three_notes, merged):
-    for i in range(3):
-        said = run_card(merged, three_notes / f"{i}.wav", "Which note?")
-        assert said == 2 * (answers[merged][i] + "\n")    # by generate, and by a pipeline
-
-
-def test_merge_refuses_a_folder_that_is_there_and_leaves_none_where_it_fails(
-        trained, merged, tmp_path):
-    assert "there already" in run("infer.py", "merge", trained.folder, merged, fails=True)
-    with unittest.mock.patch.object(model.CoAT, "save", side_effect=OSError(28, "No space")):
-        assert "No space" in run("infer.py", "merge", trained.folder, tmp_path / "x", fails=True)
-    assert not (tmp_path / "x").exists()
+    printed = run_card(merged, three_notes / "0.wav", "Which note?")    # without our code
+    assert printed == 2 * (answers[merged][0] + "\n")    # by generate, and by a pipeline
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -1675,29 +1663,12 @@ def test_clip_that_cannot_be_read_is_named_and_the_others_are_answered(
 
 
 @pytest.mark.parametrize("words, message", [
-    ("a.wav", "last, a question"), ("a.wav {rows}", "last, a question"),
+    ("a.wav", "last, a question"),
     ("{rows} What?", "whose rows have their own"), ("nowhere.jsonl", "nowhere.jsonl"),
     ("{empty} What?", "give clips"), ("missing.wav What?", "missing.wav")])
 def test_ask_says_what_it_needs(three_notes, tmp_path, words, message):
     words = words.format(rows=three_notes / "rows.jsonl", empty=tmp_path)
     assert message in asked("tiny", *words.split(), fails=True)
-
-
-def test_warning_never_goes_through_an_answer(trained, monkeypatch):
-    """Both streams in the order in which they are written."""
-    stream = model.CoAT.stream
-
-    def warning(*args):
-        for token in stream(*args):
-            print("a warning", file=sys.stderr)
-            yield token
-
-    monkeypatch.setattr(model.CoAT, "stream", warning)
-    both = io.StringIO()
-    run("infer.py", "ask", trained.folder, trained.clip, "Which note?", "--workers", 0, out=both,
-        errors=both)
-    *warnings_, answer = both.getvalue().splitlines()
-    assert set(warnings_) == {"a warning"} and answer != "a warning"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1722,11 +1693,6 @@ def test_block_is_placed_for_models_trained_with_it_alone(trained, merged, no_bl
         without = last_json(run("infer.py", *ask, "--no-think"))
         extra = told["n_audio"] + 2 if block else 0
         assert told["prompt_tokens"] == without["prompt_tokens"] + extra
-
-
-def test_show_says_that_a_run_without_experts_has_no_heads(no_block, trained):
-    error = run("infer.py", "show", no_block, trained.clip, fails=True)
-    assert "trained without experts" in error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1846,11 +1812,6 @@ def test_error_rate_counts_what_its_rule_says(response, answer, rate, more):
     assert first["metric"] == ("CER" if re.match("[今ไ]", response) else "WER")
 
 
-def test_voxpopuli_is_the_mean_of_the_rows_and_over_all_words():
-    rows = [spoken("a b c d", "a b c d", wer="rows"), spoken("a", "b", wer="rows")]
-    assert [result["value"] for result in infer.measure(rows)] == [0.5, 0.2]
-
-
 def test_accuracy_and_weighted_f1_are_those_of_sklearn():
     rng = np.random.default_rng(0)
     lines = []
@@ -1865,13 +1826,6 @@ def test_accuracy_and_weighted_f1_are_those_of_sklearn():
     theirs = sklearn.metrics.f1_score(truth, said, average="weighted")
     np.testing.assert_allclose(found["weighted F1"], theirs, rtol=1e-12)
     assert found["no answer"] == said.count("none") / 60
-
-
-def test_interval_of_a_share_is_the_normal_approximation_where_that_holds():
-    right = np.random.default_rng(1).random(400) < 0.7
-    found = infer.share([(r, 1) for r in right])
-    half = 1.96 * np.sqrt(found["value"] * (1 - found["value"]) / 400)
-    np.testing.assert_allclose((found["high"] - found["low"]) / 2, half, rtol=0.1)
 
 
 def test_benchmark_is_scored_by_lmms_evals_rule_and_by_ours():
@@ -1904,14 +1858,6 @@ def test_families_average_benchmarks_of_the_same_metric_that_all_arms_have():
 
 # --------------------------------------------------------------------------------------------------
 # infer.py: score
-
-def test_score_finds_what_training_found(trained, tmp_path):
-    run("infer.py", "score", trained.folder, "tones:louder,note:40", "--out", tmp_path / "tones",
-        "--workers", 0, "--max-new-tokens", 12)
-    for task, result in trained.heldout.items():    # of the same rows
-        lines = [line for line in predictions(tmp_path / "tones") if line["task"] == task]
-        assert np.mean([line["answer"] == line["response"] for line in lines]) == result["heard"]
-
 
 def test_score_that_was_stopped_goes_on_without_losing_or_repeating_a_row(scored, monkeypatch):
     stream = model.CoAT.stream
@@ -1948,19 +1894,6 @@ def test_several_sets_are_answered_with_their_own_limits(tmp_path, monkeypatch):
                   "--workers", 0)
     assert limits == [256, 8, 9]
     assert printed.splitlines()[-1] == "General: mean of mmau, mmar, accuracy: 50.00"
-
-
-def test_score_counts_what_it_leaves_out(trained, tmp_path, bad_clips):
-    good = wav(tmp_path, "good.wav", noise(0.5).numpy())
-    row = {"prompt": "?", "response": "hello", "task": "asr"}
-    rows = [row | {"audio": path} for path in bad_clips.values()]
-    rows += [row | {"audio": good, "response": text} for text in ("a word", "<SIL>")]
-    path = write_lines(tmp_path / "bad.jsonl", rows)
-    result = last_json(run("infer.py", "score", trained.folder, path, "--out", tmp_path / "out",
-                           *SCORE))
-    assert result["skipped"] == {"over 120 s": 1, "unusable": len(bad_clips) - 1}
-    wer, = result["results"]
-    assert (wer["rows"], wer["left_out"]) == (1, 1)
 
 
 def test_score_that_fails_leaves_no_file(tmp_path, bad_clips, monkeypatch):
@@ -2045,20 +1978,6 @@ def test_judge_rates_each_row_once_and_keeps_what_is_paid_for(judged):
     assert rating["value"] == pytest.approx(0.6) and (rating["rows"], rating["left_out"]) == (2, 1)
 
 
-def test_judge_is_not_asked_without_the_flag(judged):
-    with judge([]) as (_, seen):
-        result, = last_json(judged())["results"]
-    assert not seen and result["value"] is None and result["left_out"] == 3
-
-
-def test_judge_that_refuses_some_rows_rates_the_others(judged):
-    with judge(["Rating: 4", 400, "Rating: 2"]) as (url, seen):
-        assert "400" in judged("--judge", url, fails=True)
-    with judge(["Rating: 3"]) as (url, seen):
-        assert last_json(judged("--judge", url))["results"][0]["rows"] == 3
-        assert len(seen) == 1
-
-
 def test_judge_is_sent_figure_a_as_the_paper_sends_it(judged):
     with judge(["Rating: 4"] * 3) as (url, seen):
         judged("--judge", url)
@@ -2125,14 +2044,6 @@ def test_show_draws_each_head_beside_its_expert(trained, tmp_path):
     assert 5000 < os.path.getsize(tmp_path / "show.png") < 150000
 
 
-def test_show_names_the_events_that_the_expert_hears_most():
-    z = torch.rand(7, 20)
-    sound = SimpleNamespace(readout=lambda z: z)
-    student, expert, rows = pictures.picture("sound", z.flip(0), z, sound)
-    assert expert[-1].max() == z.max().sigmoid() and rows[9] == f"event {int(z.amax(0).argmax())}"
-    assert torch.equal(student, expert.flip(1))
-
-
 def test_frames_tell_a_clip_from_its_course():
     means = 3 * torch.randn(6, 1, 4)
     experts = list(means + torch.randn(6, 9, 4))
@@ -2145,14 +2056,6 @@ def test_frames_tell_a_clip_from_its_course():
             (without_course, (0, 1))):
         found = infer.unexplained(students, experts)
         np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_frames_take_clips_of_several_lengths_and_silence():
-    experts = [torch.randn(n, 4) for n in (2, 5, 9, 9)]
-    silent = [torch.zeros_like(z) for z in experts]
-    np.testing.assert_allclose(infer.unexplained(experts, experts), (0, 0), atol=1e-6)
-    np.testing.assert_allclose(infer.unexplained(silent, experts), (1, 1), atol=1e-6)
-    assert infer.unexplained(experts, silent) == [None, None]    # there is nothing to explain
 
 
 def test_frames_are_those_of_show(trained, tmp_path):
@@ -2198,15 +2101,6 @@ def test_pitch_recall_shows_a_head_that_collapses_to_all_zero():
 # --------------------------------------------------------------------------------------------------
 # infer.py: probe
 
-def test_probe_finds_what_is_there():
-    rng = np.random.default_rng(0)
-    labels = np.array(list("abc") * 40)
-    directions = rng.standard_normal((3, 8))
-    x = rng.standard_normal((120, 8)) + 4 * (labels[:, None] == list("abc")) @ directions
-    accuracy, confidence = infer.linear_probe(x, labels, np.arange(120) // 3)
-    assert np.mean(accuracy) > 0.95 and confidence.mean() > 0.9
-
-
 def test_probe_never_has_a_recording_on_both_sides():
     rng = np.random.default_rng(0)
     recordings = np.arange(120) // 3
@@ -2236,18 +2130,13 @@ def test_probe_leaves_out_rows_without_the_label_and_splits_no_speaker(
     wav(tmp_path, "a.wav", noise(0.2).numpy())
     path = write_lines(tmp_path / "rows.jsonl", [
         {"audio": "a.wav", "prompt": "?", "response": "x"} | row for row in rows])
-    args = SimpleNamespace(label="family", batch=8, workers=0, max_new_tokens=1)
+    args = SimpleNamespace(label="family", batch=8, workers=0, max_new_tokens=1, text_think=None,
+                           no_think=False)
     source = open_source(path)
     found = infer.probe_model(tiny, source, range(24), args)
     (labels, groups), *_ = seen
     assert (found["rows"], found["left_out"]) == (21, 3) and sorted(labels) == ["a"] * 11 + ["b"] * 10
     assert Counter(groups) == {str(speaker): 3 for speaker in range(7)}    # 0 is one of them
-
-
-@pytest.mark.parametrize("rows, words", [
-    ("tones:louder,note:5", "several tasks"), ("tones:louder:5", "five recordings")])
-def test_probe_refuses_rows_that_cannot_be_split(rows, words):
-    assert words in run("infer.py", "probe", "tiny", "--data", rows, "--workers", 0, fails=True)
 
 
 @torch.no_grad()
@@ -2326,15 +2215,8 @@ def test_arm_of_a_run_is_named_by_its_flags(changes, arm):
 @pytest.mark.parametrize("content", ["{}\n", "5\n", "["])
 def test_compare_refuses_what_is_no_result_or_comes_twice(trained, tmp_path, content):
     path = write(tmp_path / "results.jsonl", content)
-    assert path in run("infer.py", "compare", path, fails=True)
+    assert "has results" in run("infer.py", "compare", path, fails=True)
     assert "comes twice" in run("infer.py", "compare", trained.folder, trained.folder, fails=True)
-
-
-@pytest.mark.parametrize("name", ["few_labels", "heads_and_losses", "small"])
-def test_compare_makes_a_table_of_each_stored_file(name):
-    lines = run("infer.py", "compare", HERE / f"assets/{name}.jsonl").splitlines()
-    assert len(lines) == 1 + len({(r["arm"], r["data"], r["task"])
-                                  for r in read_lines(HERE / f"assets/{name}.jsonl")})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2589,12 +2471,6 @@ def test_real_backbone_never_runs_on_a_cpu_by_accident(trained, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU for qwen2-audio" in run("infer.py", "ask", "qwen2-audio", trained.clip, "?",
                                            fails=True)
-
-
-def test_show_says_where_it_cannot_write(trained, tmp_path):
-    nowhere = tmp_path / "no" / "x.png"
-    error = run("infer.py", "show", trained.folder, trained.clip, "--out", nowhere, fails=True)
-    assert str(nowhere) in error
 
 
 # --------------------------------------------------------------------------------------------------
