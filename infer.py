@@ -10,8 +10,8 @@
     python infer.py frames runs/tiny --data tones:glide:100           # do heads follow the sound?
     python infer.py merge runs/tiny merged
 
-A model is a run or checkpoint folder of train.py, a folder that `merge` wrote, or the name of a
-backbone. The thinking block is placed for a model that was trained with it, for no other.
+A model is a run or checkpoint folder, a folder that `merge` wrote, or the name of a backbone. The
+thinking block is placed for a model that was trained with it, for no other.
 """
 import argparse
 import functools
@@ -42,7 +42,7 @@ from experts import EXPERTS, load_experts
 from heads import heads_for
 
 AUDIO = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
-# Tasks whose answers a judge rates (appendix B); no comparison of strings could.
+# Tasks whose answers a judge rates (appendix B)
 JUDGED = ("caption", "music", "spoken_instruction", "text")
 CONTOUR_ON = 0.3    # a pitch is there: the frame threshold of basic-pitch
 
@@ -54,18 +54,18 @@ def load_model(args, name=None):
     """A model, see the top of this file, ready to answer: adapters are merged."""
     name = name or args.model
     device = usable_device(args.device, name)
-    if getattr(args, "text_think", None):    # the authors' own adapter
+    if args.text_think:
         if name not in BACKBONES:
             raise InputError("--text-think FOLDER goes with the name of a backbone, not with a run")
         return load_text_think(name, args.text_think, args.model_path, device)
     coat = load_coat(name, args.model_path, device=device).merge()
-    if getattr(args, "compile", False):
+    if args.compile:
         coat.compile_decode()
     return coat
 
 
 def prepare(rows, spec, think, text_think):
-    """collate, without responses. text_think: asks for reasoning in text after each prompt."""
+    """collate, without responses. text_think: asks for reasoning after each prompt."""
     for row in rows:
         if text_think and isinstance(row, dict):
             row.setdefault("question", row["prompt"])
@@ -74,11 +74,11 @@ def prepare(rows, spec, think, text_think):
 
 
 def batches(coat, source, rows, args, skipped):
-    """Yields batches, the longest rows first: what does not fit in memory fails at once. Rows that
+    """Yields batches, the longest first: what does not fit in memory fails at once. Rows that
     cannot be used are printed and added to `skipped`."""
     rows = sorted(rows, key=lambda i: -source.lengths[i])
-    text_think = getattr(args, "text_think", None) is not None
-    think = coat.think and not text_think and not getattr(args, "no_think", False)
+    text_think = args.text_think is not None
+    think = coat.think and not text_think and not args.no_think
     loader = torch.utils.data.DataLoader(
         Rows(source), num_workers=args.workers,
         batch_sampler=[rows[i:i + args.batch] for i in range(0, len(rows), args.batch)],
@@ -104,9 +104,10 @@ class Asked(list):
 
 
 def rows_to_ask(args):
-    """The rows that `ask` is to answer. Raises InputError."""
+    """The rows that `ask` is to answer."""
+    *clips, question = args.clips
     rows = Asked()
-    if all(path.endswith(".jsonl") for path in args.clips):
+    if question.endswith(".jsonl"):
         for path in args.clips:
             for number, line in enumerate(open(path, "rb")):
                 row = parse_row(line, f"{path}, row {number}", answered=False)
@@ -114,15 +115,16 @@ def rows_to_ask(args):
                     row["audio"] = os.path.join(os.path.dirname(path), row["audio"])
                 rows.append(row)
         return rows
-    *clips, question = args.clips
     for path in clips:
-        names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
-        files = [os.path.join(path, name) for name in names if name.lower().endswith(AUDIO)]
+        files = [path]
+        if os.path.isdir(path):
+            files = [os.path.join(path, name) for name in sorted(os.listdir(path))
+                     if name.lower().endswith(AUDIO)]
         rows += [{"audio": file, "prompt": question, "response": "", "start": args.start,
-                  "end": args.end} for file in (files if os.path.isdir(path) else [path])]
-    if not rows or any(path.endswith(".jsonl") for path in clips) or os.path.exists(question):
+                  "end": args.end} for file in files]
+    if not rows or os.path.exists(question) or any(path.endswith(".jsonl") for path in clips):
         raise InputError('give clips and, last, a question: infer.py ask MODEL CLIP "Which '
-                         'sound?"; or rows.jsonl, whose rows have their own')
+                         'sound?"; or rows.jsonl alone, whose rows have their own')
     return rows
 
 
@@ -133,11 +135,10 @@ def ask(args):
     clip that cannot be read is named, and the others are answered."""
     rows = rows_to_ask(args)
     if len(rows) == 1:
-        rows.load(0)    # raises before the model is loaded, which takes its time
+        rows.load(0)    # so that it is missed before the model is loaded
     coat = load_model(args)
     skipped = []
     for batch in batches(coat, rows, range(len(rows)), args, skipped):
-        # Printed when it is whole, so that no warning comes in between.
         for i, text in enumerate(coat.generate(batch, args.max_new_tokens)):
             row = batch["rows"][i]
             line = text if len(rows) == 1 else f"{row['audio'] or 'text'}: {text}"
@@ -152,26 +153,21 @@ def ask(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# score: how answers are read and counted
+# score
 
 LETTERS = string.ascii_uppercase
-QUOTES = str.maketrans("‘’‚‛`´“”„«»♯♭", "''''''\"\"\"\"\"#b")
+READING = read_json(os.path.join(ASSETS, "reading.json"))    # patterns, and what each is for
 
 
 def fold(text):
     """One form of what can be written in several: NFKC, straight quotes, nothing of no width."""
-    text = unicodedata.normalize("NFKC", text.translate(QUOTES))
+    text = unicodedata.normalize("NFKC", text.translate(str.maketrans(*READING["marks_as"])))
     return "".join(c for c in text if unicodedata.category(c) != "Cf")
 
 
 def plain(text):
     """For comparison: no capitals, single spaces, no marks at the ends."""
     return " ".join(fold(text).casefold().split()).strip(" .,:;!?*\"'()[]。、")
-
-
-def words_of(text):
-    """Plain, and without the marks between its words."""
-    return " ".join(re.sub(r"[().,:\[\]\"']|(?<=\s)-(?=\s)", " ", plain(text)).split())
 
 
 def final_answer(text):
@@ -182,9 +178,6 @@ def final_answer(text):
               or re.findall(r"\\boxed\s*{((?:[^{}]|{[^{}]*})*)}", text))
     after = re.split(r"\banswer(?:\s+is\b|\s*:)", text, flags=re.I)[-1]
     return (marked[-1] if marked else after.strip(" :*\n") or text).strip()
-
-
-READING = read_json(os.path.join(ASSETS, "reading.json"))    # patterns, and what each is for
 
 
 def pattern(name):
@@ -210,16 +203,18 @@ def mentioned(text, choices):
 
 def read_choice(answer, choices):
     """The choice that an answer names as a person would read it, or None where it names none, two,
-    or denies the one it names. A line that is a choice, its letter or both counts before all that
-    is mentioned, and a letter at the beginning before what is said about it."""
+    or denies the one it names. A line that is a choice, its letter or both counts before all else,
+    then a letter at the beginning, then what is mentioned."""
     text = pattern("opening").sub("", fold(final_answer(answer)))
     text = pattern("dropped").sub("", text).strip()
+    def words_of(text):
+        return " ".join(pattern("marks").sub(" ", plain(text)).split())
+
     names = {}
     for letter, choice in zip(LETTERS.lower(), choices):
         words = words_of(choice)
         names |= {letter: choice, f"{letter} {words}": choice, f"{words} {letter}": choice}
     names |= {plain(choice): choice for choice in choices}
-
     lines = [line for line in text.split("\n") if line.strip()]
     found = {names.get(plain(part), names.get(words_of(part)))
              for part in (text, *lines[:1], *lines[-1:])} - {None}
@@ -236,9 +231,9 @@ def read_choice(answer, choices):
 
 
 def lmms_choice(answer, choices, rule):
-    """The choice that lmms-eval 0.7.3 reads, None where it draws one at random: of the letters in
-    brackets, else alone, else before a full stop, the one that stands alone last. "lmms-2", of MMAR
-    and MMSU: a letter before a space will do, and in answers of over five words the last text."""
+    """The choice that lmms-eval 0.7.3 reads, None where it draws one: of the letters in brackets,
+    else alone, else before a full stop, the one that stands alone last. "lmms-2", of MMAR and MMSU:
+    a letter before a space will do, and in answers of over five words the last text."""
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
     answer = f" {answer} "
@@ -272,9 +267,8 @@ def normalisers():
 
 
 def words_heard(text, line, rule):
-    """[word] that counts, in a script without spaces [character]. rule: one of lmms-eval's, or
-    "ours": English by Whisper's normaliser, of other languages capitals and marks go (its basic one
-    would take the vowel signs of Hindi)."""
+    """[word], in a script without spaces [character]. rule: one of lmms-eval's, or "ours": English
+    by Whisper's normaliser, elsewhere without capitals and marks (its basic one takes vowels)."""
     english, basic = normalisers()
     text = re.sub(r"<\|.*?\|>|<(?:MUSIC|NOISE|SIL|OTHER)>", " ", text)    # appendix B
     if rule == "rows":
@@ -307,14 +301,14 @@ def word_errors(line, rule):
     found = jiwer.process_words(" ".join(reference), " ".join(heard))
     missed = found.substitutions + found.deletions
     wrong, n = missed + found.insertions, missed + found.hits
-    return (wrong / n, 1) if rule == "rows" else (wrong, n)    # "rows": each weighs alike
+    return (wrong / n, 1) if rule == "rows" else (wrong, n)    # each row weighs alike
 
 
 def share(counts, samples=1000):
     """Counts (x, n) of rows -> the sum of x over that of n, and its 95 % interval by drawing rows
-    anew; {} without rows."""
+    anew."""
     if not counts:
-        return {}
+        return {"value": None}
     counts = np.asarray(counts, float)
     n = len(counts)
     rng = np.random.default_rng(0)
@@ -326,8 +320,8 @@ def share(counts, samples=1000):
 
 
 def scores_of(line, rating, draws):
-    """Yields (metric, rule, (x, n)) of an answer, see `share`; None leaves the row out. Of a
-    benchmark lmms-eval's rule comes first: the paper uses it "as-is" (appendix B).
+    """Yields (metric, rule, (x, n)) of an answer, see `share`; None leaves the row out. lmms-eval's
+    rule comes first: the paper uses it "as-is" (appendix B).
 
     rating  0..5 of the judge, or None; draws: random.Random for choices lmms-eval cannot read"""
     choices = line.get("choices")
@@ -345,7 +339,7 @@ def scores_of(line, rating, draws):
         yield "accuracy", "ours", (said == right, 1) if right else None
         yield "no answer", "ours", (said is None, 1)
     elif line["task"] in JUDGED:
-        yield "rating", "judge", None if rating is None else (rating / 5, 1)    # to 0..100
+        yield "rating", "judge", None if rating is None else (rating / 5, 1)
     else:
         if "benchmark" in line:    # ClothoAQA
             said, right = (line[key].lower().translate(str.maketrans("", "", string.punctuation))
@@ -355,8 +349,8 @@ def scores_of(line, rating, draws):
 
 
 def measure(lines, ratings={}):
-    """[{task, metric, rule, rows, left_out, value, low, high}] of lines of a predictions file; of a
-    benchmark its name is the task, and there is its "family". ratings: {row: the judge's}."""
+    """[{task, family, metric, rule, rows, left_out, value, low, high}] of predictions; task may be
+    a benchmark's name. ratings: {row: the judge's}."""
     tasks = {}
     for line in lines:
         tasks.setdefault(line.get("benchmark") or line["task"], []).append(line)
@@ -376,33 +370,32 @@ def measure(lines, ratings={}):
             counts["weighted F1", "ours"] = said
         for (metric, rule), found in counts.items():
             kept = [count for count in found if count is not None]
-            result = {"task": task, "metric": metric, "rule": rule, "rows": len(kept),
-                      "left_out": len(found) - len(kept), "value": None, "low": None, "high": None}
-            result |= {"family": rows[0]["family"]} if "family" in rows[0] else {}
+            result = {"task": task, "family": rows[0].get("family"), "metric": metric, "rule": rule,
+                      "rows": len(kept), "left_out": len(found) - len(kept)}
             results.append(result | ({"value": f1} if "F1" in metric else share(kept)))
     return results
 
 
 def shown(results):
-    """Of results of `measure` those in the paper's tables, in 0..100: lmms-eval's rule before ours,
-    exact match as accuracy, F1 of MELD alone."""
+    """Of `measure` what the paper's tables show, in 0..100: lmms-eval's rule before ours, exact
+    match as accuracy, F1 of MELD alone."""
     found = {}
     for r in results:
         metric = "accuracy" if r["metric"] == "exact match" else r["metric"]
         in_tables = ("accuracy", "WER", "CER", "rating", *["weighted F1"] * (r["task"] == "meld"))
         if metric in in_tables and r["rows"]:
-            known = {key: r[key] for key in ("task", "rows", "family") if key in r}
-            known |= {"metric": metric, "value": 100 * r["value"]}
-            found.setdefault((r["task"], metric), known)
+            found.setdefault((r["task"], metric), {
+                "task": r["task"], "family": r["family"], "metric": metric,
+                "value": 100 * r["value"]})
     return list(found.values())
 
 
 def family_means(results):
-    """Of the paper's families the means of benchmarks with the same metric, those that all arms
-    have (tables 4 and 5). results: of `shown`, with arm, data and seed."""
+    """Of results with arm, data and seed the means of a family's benchmarks with the same metric,
+    those that all arms have (tables 4 and 5)."""
     groups = {}    # {(family, metric): {(arm, data, seed): {benchmark: value}}}
     for r in results:
-        if "family" in r:
+        if r.get("family"):
             arms = groups.setdefault((r["family"], r["metric"]), {})
             arms.setdefault((r["arm"], r["data"], r["seed"]), {})[r["task"]] = r["value"]
     found = []
@@ -415,18 +408,14 @@ def family_means(results):
     return found
 
 
-# --------------------------------------------------------------------------------------------------
-# score: answers and ratings. The first line of a predictions file says whose answers it holds.
-
 def score(args):
     """Answers to rows, and how good they are.
 
     Rows of task asr: WER; with choices: accuracy, F1; caption, music, spoken_instruction, text:
-    rated by a judge, if there is one; others: exact match. A benchmark by its name has the paper's
-    limit of tokens and lmms-eval's rule, with ours beside it. A stopped run goes on with the same
-    command."""
+    rated by a judge, if there is one; others: exact match. A benchmark has the paper's limit of
+    tokens and lmms-eval's rule, ours beside it. A stopped run goes on with the same command."""
     if args.out and len(args.data) > 1:
-        raise InputError("--out takes the answers to one set; give one, or leave --out out")
+        raise InputError("--out takes the answers to one set; leave it out")
     sources = {name: open_source(name) for name in args.data}    # a wrong name shows at once
     model = functools.cache(functools.partial(load_model, args))
     results = []
@@ -438,7 +427,7 @@ def score(args):
 
 
 def score_set(args, name, source, model):
-    """Answers and measures one set -> what `measure` says. model(): loads it, once for all sets."""
+    """Answers one set -> what `measure` says. model(): loads it, once for all sets."""
     path, run = predictions_of(args, name, source)
     lines = earlier(path, run)
     answers = {line["row"]: line for line in lines if "answer" in line}
@@ -478,8 +467,8 @@ def score_set(args, name, source, model):
     results = measure([answers[row] for row in sorted(answers)], ratings)
     print(f"{'task':20}{'metric':17}{'rule':15}{'rows':>7}{'left out':>10}  value, 95 % interval")
     for result in results:
-        bounds = [f"{100 * result[key]:.2f}" for key in ("value", "low", "high")
-                  if result[key] is not None]
+        bounds = [f"{100 * result[key]:.2f}" for key in ("value", "low", "high") if result.get(key)
+                  is not None]
         print("{task:20}{metric:17}{rule:15}{rows:7}{left_out:10}".format(**result), *bounds)
     too_long = sum(isinstance(reason, TooLong) for reason in skipped)
     print(json.dumps({"model": args.model, "data": name, "results": results,
@@ -490,8 +479,8 @@ def score_set(args, name, source, model):
 
 
 def predictions_of(args, name, source):
-    """(path, run): where predictions go, without --out into the run, of another model into this
-    folder; and what they belong to."""
+    """(path, run): where predictions go, and what they belong to. Without --out they go into the
+    run, of another model into this folder."""
     model, folder = args.model, ""
     if model not in BACKBONES:
         model = os.path.abspath(latest_checkpoint(model))
@@ -508,7 +497,7 @@ def predictions_of(args, name, source):
 
 
 def read_lines(path):
-    """The JSON objects of a file, less a last line that is not whole. Raises InputError."""
+    """The JSON objects of a file, less a last line that is not whole."""
     with open(path, "rb") as file:
         whole = file.read().rpartition(b"\n")[0]
     try:
@@ -518,7 +507,7 @@ def read_lines(path):
 
 
 def earlier(path, run):
-    """The lines that a stopped `score` left. Raises InputError if they are of another run."""
+    """The lines that a stopped `score` left. InputError if they are of another run."""
     if not os.path.exists(path):
         return []
     first, *lines = read_lines(path)
@@ -547,13 +536,13 @@ def read_rating(text):
 
 
 def rate(args, line):
-    """Asks an OpenAI-compatible judge about an answer (figure A) -> a line of the predictions file.
-    Its key goes to no other host, should the judge redirect, and into no message."""
+    """Asks a judge about an answer (figure A) -> a line of the predictions file. The key goes to no
+    other host, should the judge redirect, and into no message."""
     with open(os.path.join(ASSETS, "judge.txt")) as file:
         prompt = file.read().format(question=line.get("question") or line["prompt"],
                                     ground_truth=line["response"], model_response=line["answer"])
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch("[!-~]*", key):    # an error of the header would show it
+    if not re.fullmatch("[!-~]*", key):    # an error would show it
         raise InputError("OPENAI_API_KEY holds a space or a character that is not ASCII")
     try:
         reply = http_backoff(    # tries again after 429 and 5xx
@@ -563,7 +552,7 @@ def rate(args, line):
                   "messages": [{"role": "user", "content": prompt}]})
         reply.raise_for_status()
         text = str(reply.json()["choices"][0]["message"]["content"] or "")
-    except Exception as e:    # no answer, an error, or no such reply
+    except Exception as e:    # of any kind
         reason = " ".join(str(e).replace(key or "\0", "***").split())
         raise InputError(f"the judge at {args.judge} fails ({reason}); its key is read from "
                          "OPENAI_API_KEY. The same command goes on") from e
@@ -572,14 +561,14 @@ def rate(args, line):
 
 
 # --------------------------------------------------------------------------------------------------
-# show, frames: what the heads reconstruct
+# show, frames, probe: what the heads and the thinking states hold
 
 def load_heads(args):
     """(CoAT, {task: expert}, ExpertHeads) of a run as it was trained. Raises InputError."""
     checkpoint = latest_checkpoint(args.model)
     flags = read_json(os.path.join(checkpoint, "..", "config.json"))["flags"]
     weights = safetensors.torch.load_file(os.path.join(checkpoint, "heads.safetensors"))
-    found = {key.split(".")[0] for key in weights}    # of "recon.out.weight"
+    found = {key.split(".")[0] for key in weights}
     tasks = [task for task in EXPERTS if task in found]
     if not tasks:
         raise InputError(f"'{args.model}' was trained without experts; there is no head to show")
@@ -589,14 +578,14 @@ def load_heads(args):
                            {task: flags.get(f"expert_{task}") for task in tasks})
     heads = heads_for(d, experts, kind=flags["head"], width=flags["head_width"],
                       focal_gamma=flags["focal_gamma"]).to(coat.hf.device)
-    heads.load_state_dict(weights)    # with the scales of the losses
+    heads.load_state_dict(weights)
     return coat, experts, heads
 
 
 @torch.no_grad()
 def reconstruct(coat, experts, heads, row):
     """A loaded row -> {task: z_hat (L, E)} of the heads, {task: z (L, E)} of the experts, {term:
-    loss relative to the best constant answer}. Raises InputError if it cannot be used."""
+    loss over that of the best constant answer}. InputError if it cannot be used."""
     rates = {expert.sample_rate for expert in experts.values()} - {None}
     (batch,), skipped = collate([row], coat.spec, rates, coat.think)
     if skipped:
@@ -625,8 +614,7 @@ def pitch_recall(z_hat, z, expert):
 def show(args):
     """What each head reconstructs beside what its expert hears, as a picture (figure 4).
 
-    unexplained: a loss over that of the best constant answer; 0 is the expert itself.
-    recall: of the frames and bins where the expert hears a pitch, the share where the head does."""
+    unexplained: a loss over that of the best constant answer; 0 is the expert itself."""
     from docs.pictures import draw_heads
     wave, rate = read_audio(args.clip, args.start, args.end)
     coat, experts, heads = load_heads(args)
@@ -642,9 +630,9 @@ def show(args):
 def frames(args):
     """How much of their experts the heads reconstruct: of clips as a whole, and of their course.
 
-    clips: of each clip its mean feature. course: of each frame what that mean leaves, both without
-    what all clips have in common at a frame's place. Squared errors over the expert's variance: 0
-    is the expert; 1 knows nothing of the clip."""
+    clips: of each clip its mean feature. course: what that leaves of each frame. Both without what
+    all clips share at a frame's place; squared errors over the expert's variance: 0 is the expert,
+    1 knows nothing of the clip."""
     source = open_source(args.data)
     coat, experts, heads = load_heads(args)
     found = [reconstruct(coat, experts, heads, source.load(i)) for i in with_audio(source)]
@@ -672,8 +660,8 @@ def with_audio(source):
 
 
 def unexplained(students, targets):
-    """[of the clips' means, of their course]: squared error over the expert's variance, None where
-    that is 0. students, targets: [features of a clip (L, E)], finite, L as it is in each."""
+    """[of the clips' means, of their course]: squared error over the expert's variance, None if it
+    is 0. students, targets: [features of a clip (L, E)], finite, L as it is in each."""
     found = []
     for z_hat, z in zip(means_and_course(students), means_and_course(targets)):
         variance = z.square().nansum()    # NaN is where a clip has ended, and nowhere else
@@ -691,18 +679,14 @@ def means_and_course(clips):
     return means, z - means
 
 
-# --------------------------------------------------------------------------------------------------
-# probe
-
 def probe(args):
     """Linear probes of the thinking states (section 4.4: figure 3, table 3).
 
-    A run stands for all its checkpoints. The name of a backbone is the baseline, without a block.
-    Rows without the key of --label are left out."""
+    think: of their mean; pre-gen: of the state before the answer; rho: Spearman's, between the
+    probe's confidence in the true label and right answers. A run stands for all its checkpoints, a
+    backbone is the baseline without a block. Rows without the key of --label are left out."""
     source = open_source(args.data)
     usable = with_audio(source)
-    print("think: mean of the thinking states; pre-gen: state before the answer; rho: Spearman's, "
-          "between the probe's confidence in the true label and right answers")
     results = []
     for name in args.models:
         steps = [] if name in BACKBONES else checkpoint_steps(name)
@@ -710,10 +694,10 @@ def probe(args):
             coat = load_model(args, os.path.join(name, f"checkpoint-{step}") if step else name)
             found = {"model": name, "step": step} | probe_model(coat, source, usable, args)
             results.append(found)
-            print("{model:30}{step}  answers {answers:.1%}  {rows} rows, {left_out} without a label"
-                  .format(**found), *(f"  {position} {f['accuracy']:.1%} +- {f['deviation']:.1%}, "
-                                      f"rho {f['rho']}" for position, f in found.items()
-                                      if position in ("think", "pre-gen")))
+            cells = [f"{key} {f['accuracy']:.1%} +- {f['deviation']:.1%}, rho {f['rho']}"
+                     for key, f in found.items() if key in ("think", "pre-gen")]
+            print(f"{name:30}{step}  {'; '.join(cells)}; answers {found['answers']:.1%}; "
+                  f"{found['rows']} rows, {found['left_out']} without a label")
     print(json.dumps({"data": args.data, "label": args.label, "results": results}, allow_nan=False))
     if args.plot:
         from docs.pictures import draw_probes
@@ -726,8 +710,7 @@ def value_at(row, *keys):
 
 
 def probe_model(coat, source, usable, args):
-    """{"rows", "left_out", "answers": share of right ones, position: {accuracy, deviation, rho}}.
-    Raises InputError if no probe can be trained on these rows."""
+    """{rows, left_out, answers: share of right ones, position: {accuracy, deviation, rho}}."""
     from scipy.stats import spearmanr
     rows, right, states = [], [], {}
     for batch in batches(coat, source, usable, args, []):
@@ -762,9 +745,8 @@ def probe_model(coat, source, usable, args):
 
 @torch.no_grad()
 def probe_states(coat, batch):
-    """{position: (B, D)}: the mean of the thinking states, and the state before the answer, that of
-    the block's end token; without a block that of the last input token before the assistant turn
-    (section 4.4)."""
+    """{position: (B, D)}: the mean of the thinking states, and the state before the answer: that of
+    the block's end, without a block of the last input token before the assistant turn (4.4)."""
     h, _ = coat.states(batch, use_cache=False)    # (B, T, D)
     states = {"pre-gen": h[:, -1]}
     if batch["think_mask"].any():
@@ -781,16 +763,15 @@ def linear_probe(x, labels, groups):
     """([accuracy of a fold], (n,) probability of the true label), five folds that split no group.
 
     x (n, D) states; logistic regression on standardised dimensions, scikit-learn's own settings."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict, cross_val_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    accuracy = cross_val_score(probe, x, labels, groups=groups, cv=folds)
-    chances = cross_val_predict(probe, x, labels, groups=groups, cv=folds, method="predict_proba")
+    from sklearn import linear_model, model_selection, pipeline, preprocessing
+    probe = pipeline.make_pipeline(
+        preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=2000))
+    folds = {"groups": groups,
+             "cv": model_selection.StratifiedGroupKFold(5, shuffle=True, random_state=0)}
+    accuracy = model_selection.cross_val_score(probe, x, labels, **folds)
+    chances = model_selection.cross_val_predict(probe, x, labels, method="predict_proba", **folds)
     _, true = np.unique(labels, return_inverse=True)
-    return accuracy, chances[np.arange(len(true)), true]    # (n, C) -> (n,)
+    return accuracy, chances[np.arange(len(true)), true]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -802,15 +783,14 @@ def compare(args):
     With 95 % intervals by Student's t, and the difference to the first arm over the seeds that both
     have; a backbone stands beside all. A run counts with its heldout.json, a predictions file of
     `score` with its answers."""
-    results, skipped = [], []
+    results = []
     for path in args.runs:
         try:
             results += results_of(path)
         except InputError as e:
-            skipped.append(f"skipped: {e}")
+            print(f"skipped: {e}", file=sys.stderr)
     if not results:
-        raise InputError(f"nothing here has results, see infer.py score; {skipped[0]}")
-    print("\n".join(skipped), end="\n" * bool(skipped), file=sys.stderr)
+        raise InputError("nothing here has results; infer.py score makes them")
     if args.out:
         write_file(args.out, "".join(json.dumps(result) + "\n" for result in results))
     results += family_means(results)
@@ -818,7 +798,7 @@ def compare(args):
     found = {}    # {(data, question): {arm: {seed: value}}}
     for r in results:
         question = r["task"] if r["metric"] == "accuracy" else f"{r['task']} {r['metric']}"
-        if "set" in r and "family" not in r:
+        if r.get("set") and not r.get("family"):
             question += f" of {r['set']}"
         for data in [r["data"]] if r["data"] else all_data:
             seeds = found.setdefault((data, question), {}).setdefault(r["arm"], {})
@@ -847,10 +827,9 @@ def compare(args):
 def mean_interval(values):
     """(mean, half of its 95 % interval by Student's t, NaN for one value)"""
     from scipy.stats import sem, t
-    half = math.nan
-    if len(values) > 1:
-        half = t.ppf(0.975, len(values) - 1) * sem(values)
-    return float(np.mean(values)), float(half)
+    alone = len(values) == 1
+    return float(np.mean(values)), (
+        math.nan if alone else float(t.ppf(0.975, len(values) - 1) * sem(values)))
 
 
 def in_words(values, sign=""):
@@ -858,18 +837,17 @@ def in_words(values, sign=""):
     if not values:
         return ""
     mean, half = mean_interval(values)
-    return f"{mean:{sign}.1f}" + ("" if math.isnan(half) else f" +- {half:.1f}")
+    return f"{mean:{sign}.1f}" + f" +- {half:.1f}" * (not math.isnan(half))
 
 
 def results_of(path):
-    """[{arm, data, seed, task, metric, rows, value in 0..100}] of a run folder, a predictions file,
-    or a file that --out wrote. Raises InputError."""
+    """[{arm, data, seed, task, metric, value in 0..100}] of a run folder, a predictions file, or a
+    file that --out wrote. Raises InputError."""
     if os.path.isdir(path):
         heldout = read_json(os.path.join(path, "heldout.json"))
         flags = read_json(os.path.join(path, "config.json"))["flags"]
-        return [described(flags) | {
-            "task": task, "metric": "accuracy", "rows": flags["heldout"],
-            "value": 100 * shares["heard"]} for task, shares in heldout.items()]
+        return [described(flags) | {"task": task, "metric": "accuracy", "value": 100 * of["heard"]}
+                for task, of in heldout.items()]
     lines = read_lines(path)
     run = lines[0].get("run")
     if run is None:
@@ -880,7 +858,7 @@ def results_of(path):
     config = os.path.join(run["model"], "..", "config.json")
     if os.path.exists(config):
         who = described(read_json(config)["flags"])
-        who["arm"] += ", asked without the block" * run["no_think"]
+        who["arm"] += ", asked without the block" * (run["no_think"] and who["arm"][0] == "+")
     judges = [line["judge"] for line in lines if "judge" in line]    # the last one counts
     ratings = {line["row"]: line["rating"] for line in lines if line.get("judge") in judges[-1:]}
     answered = sorted((x for x in lines if "answer" in x), key=lambda line: line["row"])
@@ -889,24 +867,21 @@ def results_of(path):
 
 
 def described(flags):
-    """{arm, data, seed} of a run: what it was trained with, in the words of table 4, and flags that
-    are not the usual ones; its data without the seed at the end of their names."""
+    """{arm, data, seed} of a run: what it was trained with, in the words of table 4, and unusual
+    flags; its data without the seed at the end of their names."""
     experts = ",".join(stage.split(":")[1] for stage in flags["stage"])
     names = dict.fromkeys(name.split("=")[0] for name in experts.split(","))
     names.pop("none", None)
     arm = "+ " + (", ".join(names) or "block") + ", no block" * flags["no_think"]
-    if flags["no_think"] and not names:
-        arm = "fine-tuning"
+    arm = "fine-tuning" if flags["no_think"] and not names else arm
     if names and flags["head"] != "transformer":
         arm += f", {flags['head']} heads"
-    if "pitch" in names and flags["w_pitch_aux"] != 1:
-        arm += f", w_aux {flags['w_pitch_aux']:g}"
-    if "pitch" in names and flags["focal_gamma"] != 2:
-        arm += f", gamma {flags['focal_gamma']:g}"
-    data = [flags["data"]] if isinstance(flags["data"], str) else dict.fromkeys(flags["data"])
-    data = [os.path.splitext(os.path.basename(name))[0] for name in data]
-    return {"arm": arm, "seed": flags["seed"],
-            "data": ", ".join(name.removesuffix(f"-{flags['seed']}") for name in data)}
+    for flag, word, usual in (("w_pitch_aux", "w_aux", 1), ("focal_gamma", "gamma", 2)):
+        if "pitch" in names and flags[flag] != usual:
+            arm += f", {word} {flags[flag]:g}"
+    data = [os.path.splitext(os.path.basename(name))[0].removesuffix(f"-{flags['seed']}")
+            for name in dict.fromkeys(flags["data"])]
+    return {"arm": arm, "data": ", ".join(data), "seed": flags["seed"]}
 
 
 def merge(args):
@@ -918,8 +893,7 @@ def merge(args):
     shutil.rmtree(part, ignore_errors=True)    # of a merge that was stopped
     coat.save(part)
     os.rename(part, args.out)
-    print(f"{args.out}: its README.md shows how to use it without this code; or:\n"
-          f"  python infer.py ask {args.out} CLIP \"question\"")
+    print(f"{args.out}: its README.md shows how to use it without this code")
 
 
 def build_parser():
@@ -932,7 +906,7 @@ def build_parser():
     for run in (ask, score, compare, probe, show, frames, merge):
         p = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0],
                                 description=run.__doc__)
-        p.set_defaults(run=run)
+        p.set_defaults(run=run, text_think=None, no_think=False, compile=False)
         for group in table["commands"][run.__name__]:
             for flag, settings in table["flags"][group].items():
                 kind = {"type": types[settings["type"]]} if "type" in settings else {}
