@@ -40,7 +40,7 @@ import numpy as np
 import soundfile
 import torch
 
-from experts import EXPERTS, resample_frames
+from experts import EXPERTS, load, resample_frames
 
 STARTS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22",    # of a stream
           "MP3": rb"\AID3|\A\xff[\xe0-\xff]"}
@@ -54,8 +54,6 @@ torch.multiprocessing.set_sharing_strategy("file_system")
 
 class Sound(soundfile.SoundFile):
     """A clip, to be decoded once from front to back. length: in frames, None if not stated"""
-
-    stream = io.BytesIO()    # if there is no file
 
     def __init__(self, clip):
         self.stream = open(clip, "rb") if isinstance(clip, str) else io.BytesIO(clip)
@@ -76,10 +74,6 @@ class Sound(soundfile.SoundFile):
 
     def seekable(self):
         return False    # else soundfile seeks after each read; GSM and FLAC of a pipe cannot
-
-    def close(self):
-        super().close()
-        self.stream.close()
 
 
 def read_audio(clip, start=None, end=None, name=None, decode=True):
@@ -142,10 +136,9 @@ def read_audio(clip, start=None, end=None, name=None, decode=True):
 #   draw(n, rng)     (n,) row numbers in random order
 
 def open_source(text, training_rows=None, seed=0):
-    """rows.jsonl, mixture.json, a benchmark (see Benchmark), or synthetic tones, tones[:KINDS[:N]].
-
-    training_rows   as many tones, or, with N, N labelled clips of each kind, chosen by seed, and as
-                    many without a label. None: held-out tones, N of each kind (60)"""
+    """rows.jsonl, mixture.json, a benchmark (see Benchmark), or synthetic tones, tones[:KINDS[:N]]:
+    training_rows, and with N so many labelled ones of each kind before them; without training_rows
+    held-out ones, N of each kind (60)."""
     if re.split("[@=]", text)[0] in BENCHMARKS:
         return Benchmark(text)
     if not re.match("tones(:|$)", text):
@@ -215,7 +208,7 @@ class Manifest:
     that a row takes 16 bytes of memory. Raises InputError with a malformed one's number."""
 
     files = ()
-    left_out = ()    # of skipped, what is known without looking at the audio
+    left_out = ()    # of skipped, what is known without the audio
 
     def __init__(self, *paths):
         self.paths = self.files = paths
@@ -551,9 +544,9 @@ class Rows(torch.utils.data.Dataset):
 def collate(rows, spec, rates=(), think=True, responses=True, micro_tokens=None):
     """Loaded rows of a step -> ([its micro-batches], [InputError of those left out]).
 
-    A batch is that of build_inputs, with labels, rows (without waves; none: an idle batch), seconds
-    of audio, and waves, {rate in Hz: [(N,) or None, one a row]}. A micro-batch has at most
-    micro_tokens tokens with its padding, or one row."""
+    A batch is that of build_inputs with rows (without waves; none: an idle batch), seconds of audio
+    and waves, {rate in Hz: [(N,) or None, one a row]}. A micro-batch has at most micro_tokens
+    tokens with its padding, or one row."""
     encoded = []
     skipped = []
     for row in rows:
@@ -649,9 +642,8 @@ def digest(*words):
 
 
 def make_rows(spec, cells, root="", audio=None):
-    """[the rows] that a description makes of an item, {column: value}. Raises LeftOut.
-
-    audio       its clip, where it does not lie in root"""
+    """[the rows] that a description makes of an item, {column: value}, its audio in root if it is
+    not given. Raises LeftOut."""
     def fill(key):
         return [text.format_map(cells) for text in as_list(spec.get(key))]
 
@@ -730,8 +722,8 @@ def read_choices(given):
 
 
 def find_choice(answer, choices, by_letter=False):
-    """The number of the choice that an answer names by its text, its letter, both, or a number from
-    0, or None; by_letter: "B" or "(B) .." is a letter whatever follows."""
+    """The number of the choice that an answer names, or None: by text, letter, both, or a number
+    from 0; by_letter: by its first letter whatever follows."""
     texts = [choice.casefold() for choice in choices]
     if not by_letter and answer.casefold() in texts:
         return texts.index(answer.casefold())
@@ -745,8 +737,8 @@ def find_choice(answer, choices, by_letter=False):
 
 
 def find_audio(place):
-    """A path that is a file; else the one audio file of its name with any ending, in any case of
-    letters, or None. Raises LeftOut if there are several."""
+    """A path that is a file; else the one audio file of its name, with any ending and in any case
+    of letters, or None. Raises LeftOut."""
     if os.path.isfile(place):
         return place
     folder, name = os.path.split(os.path.normpath(place))
@@ -956,10 +948,51 @@ def any_table(args):
         yield spec, cells, os.path.dirname(args.root)
 
 
+CLIP_KEYS = ("audios", "audio", "sounds", "sound", "audio_url", "path", "url")
+MARK = re.compile(r"<\|?(?:audio|sound|speech|music|voice)\w*\|?>", re.I)    # of a clip in a text
+
+
+def any_messages(args):
+    """Conversations with the clip under one of CLIP_KEYS, or as a part of the question."""
+    for item in read_table(args.root):
+        turns = [turn if isinstance(turn, dict) else {}
+                 for turn in item.get("messages") or item.get("conversations") or []]
+        roles = [turn.get("role") or turn.get("from") for turn in turns]
+        contents = [turn.get("content") or turn.get("value") or "" for turn in turns]
+        parts = [[part for part in content if isinstance(part, dict)] for content in contents]
+        texts = ["\n".join(part.get("text") or "" for part in of_turn) if of_turn else str(content)
+                 for of_turn, content in zip(parts, contents)]
+        paths = [[part[key] for part in of_turn for key in CLIP_KEYS if part.get(key)]
+                 for of_turn in parts]
+        clips = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or sum(paths, [])
+        other = [key for key in item if str(item[key]).lower().rstrip("]'").endswith(SOUNDS)]
+        if roles[1:] not in (["assistant"], ["gpt"]) or item.get("system") or item.get("history"):
+            yield "not of one question and one answer"
+        elif paths[1] or MARK.search(texts[1]):
+            yield "with a clip in the answer"
+        elif len(clips) > 1 or len(MARK.findall(texts[0])) > 1:
+            yield "with several clips"
+        elif not clips and (other or MARK.search(texts[0])):
+            yield f"with a clip under '{''.join(other[:1])}', not 'audio'"
+        else:
+            spec = {"task": args.task, "question": "{q}", "response": "{a}", "wordings": ["{}"],
+                    "audio": clips and "{clip}"}
+            cells = {"q": MARK.sub("", texts[0]), "a": texts[1], "clip": "".join(clips)}
+            yield spec, cells, os.path.dirname(args.root)
+
+
+def pitch_class_of(row):
+    """The pitch class with most notes in a clip by basic-pitch (sum of posteriors above 0.5)."""
+    expert = load("pitch")
+    wave, rate = read_audio(row["audio"], row.get("start"), row.get("end"))
+    notes = expert.notes(at_rate(wave, rate, expert.sample_rate))    # (F, 88) from A0
+    strengths = torch.where(notes > 0.5, notes, 0).sum(0)
+    by_class = torch.zeros(12).index_add(0, (torch.arange(88) + 9) % 12, strengths)
+    return PITCH_CLASSES[by_class.argmax()] if by_class.any() else None
+
+
 def items_of(args):
     """Yields arguments of make_rows, or why there is no row."""
-    if args.name == "messages":
-        from docs.recipes import any_messages    # few need it
     if args.name not in CORPORA:
         return any_table(args) if args.name in TABLES else any_messages(args)
     splits = args.split or CORPORA[args.name]["splits"]
@@ -967,7 +1000,7 @@ def items_of(args):
 
 
 def convert(args):
-    """Rows to stdout; to stderr how many, and what was left out and why."""
+    """Rows to stdout; to stderr how many, and what was left out."""
     written = 0
     left_out = Counter()
     if args.name != "hub":
@@ -979,7 +1012,6 @@ def convert(args):
                     raise LeftOut(found)
                 for row in make_rows(*found):
                     if args.pitch_class:
-                        from docs.recipes import pitch_class_of
                         row["pitch_class"] = pitch_class_of(row)
                     line = json.dumps(row, ensure_ascii=False)
                     parse_row(line.encode(), "that training would refuse")
@@ -996,7 +1028,7 @@ def convert(args):
 
 
 def check(args):
-    """Prints what a source holds, and what training would skip -> whether any."""
+    """Prints what a source holds and what training would skip -> whether any."""
     source = open_source(args.path)
     skipped = dict(source.skipped)
     rates = {expert.sample_rate for expert in EXPERTS.values()} - {None}
@@ -1005,7 +1037,7 @@ def check(args):
         _, problems = collate([Rows(source)[i]], spec, rates)
         skipped |= {i: problem for problem in problems}
     print(source.about)
-    print(f"{len(skipped)} would be skipped{', by headers and stated lengths' * args.quick}")
+    print(f"{len(skipped)} would be skipped{', by their headers' * args.quick}")
     for i, problem in sorted(skipped.items())[:20]:
         print("  {}, row {}: {}".format(*source.where(i), problem))
     if isinstance(source, Mixture):

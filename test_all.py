@@ -1452,8 +1452,7 @@ TEXT = {"type": "text", "text": "Why?"}
     conversation([TEXT, {"type": "audio", "audio_url": "1.wav"}], [TEXT | {"text": "x"}]),
     conversation([{"type": "audio"}, TEXT], "x", audios=["1.wav"]),
     {"sound": "1.wav", "id": "7", "conversations": [    # Audio Flamingo 3
-        {"from": "human", "value": "<sound>\nWhy?"}, {"from": "gpt", "value": "x"}]},
-    {"query": "<|AUDIO|>Why?", "response": "x", "audios": ["1.wav"], "history": []}])
+        {"from": "human", "value": "<sound>\nWhy?"}, {"from": "gpt", "value": "x"}]}])
 def test_conversations_of_other_projects_become_rows(tmp_path, capsys, item):
     items = [item, conversation("Say yes.", "Yes.")]
     lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
@@ -1476,7 +1475,7 @@ def test_conversations_of_other_projects_become_rows(tmp_path, capsys, item):
     *[(item, "not of one question and one answer") for item in (
         conversation("Why?", "x", system="Be kind."), conversation("Why?"),
         {"messages": ["a", "b"]}, {"messages": conversation("Why?", "x")["messages"][::-1]},
-        {"query": "Why?", "response": "x", "history": [["a", "b"]]})]])
+        conversation("Why?", "x", history=[["a", "b"]]))]])
 def test_conversations_that_are_no_row_are_left_out_and_counted(tmp_path, capsys, item, reason):
     items = [item, conversation("Say yes.", "Yes.")]
     lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
