@@ -99,7 +99,7 @@ def read_audio(clip, start=None, end=None, name=None, decode=True):
     is_cut = [1.01 * int(there) < int(stated) < 0x7f000000 for stated, there in sizes]
     if last == sound.length and (any(is_cut) or sound.format not in WHOLE
                                  or "Junk after the last page" in sound.extra_info):
-        raise InputError(f"'{name}' ({sound.format}) is cut off, joined, or cannot show that not")
+        raise InputError(f"'{name}' ({sound.format}) is cut off or joined, or its kind does not tell")
     if not 0 <= first < last:
         raise InputError(f"'{name}' has no samples from {start or 0} s to {end or 'its end'}")
     check_seconds((last - first) / rate, f"'{name}'")

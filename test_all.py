@@ -797,7 +797,7 @@ def test_length_that_no_header_states_is_counted(tmp_path, name):
 
 BAD_CLIPS = {    # file: what the message must say
     "missing.wav": "no file", "empty.wav": "cannot decode", "text.wav": "ffmpeg -i",
-    "x.raw": "cannot decode", "talk.sph": "NIST. is cut off, joined, or cannot show",
+    "x.raw": "cannot decode", "talk.sph": "NIST. is cut off or joined, or its kind",
     "zero_samples.wav": "no samples", "short.wav": "0.02 s", "long.wav": "121.00 s",
     "nan.wav": "up to nan", "huge.wav": "up to 1e", "int16.wav": "up to 9830; divide integers",
 }
