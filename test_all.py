@@ -771,7 +771,7 @@ def test_length_that_no_header_states_is_counted(tmp_path, name):
 
 BAD_CLIPS = {    # file: what the message must say
     "missing.wav": "no file", "empty.wav": "cannot decode", "text.wav": "ffmpeg -i",
-    "x.raw": "cannot decode", "talk.sph": "NIST. is cut off, joined, or cannot show",
+    "x.raw": "cannot decode", "talk.sph": "NIST. is cut off or joined, or its kind",
     "zero_samples.wav": "no samples", "short.wav": "0.02 s", "long.wav": "121.00 s",
     "nan.wav": "up to nan", "huge.wav": "up to 1e", "int16.wav": "up to 9830; divide integers",
 }
@@ -823,16 +823,6 @@ def test_row_that_cannot_be_used_gives_one_line_with_its_number(tmp_path, line, 
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("name, words", [
-    ("none.jsonl", "neither a file .*mmau"), ("empty.jsonl", "no rows"), ("a.parquet", "convert"),
-    (".", "convert"), ("tones:xyz", "give tones"), ("tones:note:5:5", "give tones")])
-def test_source_that_does_not_exist_is_refused(tmp_path, monkeypatch, name, words):
-    monkeypatch.chdir(tmp_path)
-    write("empty.jsonl", "\n")
-    with pytest.raises(InputError, match=words):
-        open_source(name)
-
-
 def test_tasks_are_read_in_any_case_and_unknown_ones_named(tmp_path):
     rows = [ROW | {"task": task, "seconds": 1} for task in ("ASR", " asr ", "Poetry")]
     source = Manifest(write_lines(tmp_path / "rows.jsonl", rows))
@@ -852,15 +842,6 @@ def test_answers_about_tones_are_balanced_and_splits_differ():
         assert min(counts) > 0 and max(counts) < 2.2 * len(given) / len(counts)
     assert torch.equal(source.load(7)["wave"], Tones("train", 9).load(7)["wave"])
     assert not torch.equal(source.load(7)["wave"][:99], Tones("heldout", 9).load(7)["wave"][:99])
-
-
-@pytest.mark.parametrize("text, rows, tasks", [
-    ("tones", 360, 6), ("tones:note", 60, 1), ("tones:note,louder:5", 10, 2), ("tones::5", 30, 6),
-    ("tones:semitone", 60, 1)])    # that one by name alone
-def test_synthetic_tones_are_a_source_by_name(text, rows, tasks):
-    source = open_source(text)
-    assert len(source) == rows and len({source.load(i)["task"] for i in range(10)}) == tasks
-    assert len(open_source(text.rstrip(":5"), 7)) == 7    # for training the trainer counts them
 
 
 def test_few_labels_are_half_of_a_stage_and_the_rest_only_listens():
@@ -920,16 +901,6 @@ def test_batch_without_audio_has_one_masked_frame_and_targets_of_zero(tiny):
     targets = data.expert_targets({"pitch": an_expert("pitch")}, batch)
     assert targets["pitch"].shape == (2, 1, 8 * 264) and not targets["pitch"].any()
     assert tiny(batch).valid.tolist() == [[False], [False]]
-
-
-def test_micro_batch_has_at_most_its_tokens_or_one_row(tiny):
-    row = {"rate": 16000, "prompt": "?", "response": "x"}
-    rows = [row | {"row": i, "wave": noise(0.3 + i % 7)} for i in range(20)]
-    batches, skipped = collate(rows, tiny.spec, micro_tokens=400)
-    found = [found["row"] for batch in batches for found in batch["rows"]]
-    assert sorted(found) == list(range(20)) and not skipped
-    assert all(b["input_ids"].numel() <= 400 or len(b["rows"]) == 1 for b in batches)
-    assert {len(b["rows"]) for b in batches} > {1} and len(batches) < 20
 
 
 def test_targets_are_made_clip_by_clip(tiny):
@@ -1035,10 +1006,9 @@ def test_unusable_rows_are_never_drawn_and_a_group_of_them_leaves_its_share(mixt
 
 
 @pytest.mark.parametrize("old, new", [
-    ("3,", "3"), *[('"share": 3', f'"share": {share}') for share in ("0", '"a"', "[3]", "NaN")],
-    ('"share": 3', '"shares": 3'), ('["c.jsonl"]', "[]"), ('"text"', '"asr"'), ('"c.jsonl"', "3"),
-    ('"max_epochs": 4', '"epochs": 4'), ('"max_epochs": 4', '"max_epochs": 0'),
-    ('"share": 2', '"share": 2, "draw": "alike"'), ('"c.jsonl"', '"no.jsonl"'), (MIXTURE, "[]")])
+    ("3,", "3"), ('"share": 3', '"share": 0'), ('"share": 3', '"shares": 3'), ('"c.jsonl"', "3"),
+    ('["c.jsonl"]', "[]"), ('"text"', '"asr"'), ('"max_epochs": 4', '"max_epochs": 0'),
+    ('"share": 2', '"share": 2, "draw": "alike"'), ('"c.jsonl"', '"no.jsonl"')])
 def test_bad_mixture_is_refused(mixture, old, new):
     write(mixture.path, MIXTURE.replace(old, new, 1))
     with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
@@ -1340,35 +1310,32 @@ def test_any_table_is_read_by_the_names_of_its_columns(table, capsys, flags, pro
     assert len(rows) == (1 if audio else 2)
 
 
-def test_columns_are_taken_by_their_literal_names_choices_and_further_keys_too(tmp_path, capsys):
-    lay_out(tmp_path / "t", {"1.wav": "", "2.wav": "", "t.csv": (
-        "wav,wav.path,a[0],{q},c,wave\n1.wav,2.wav,1,Why?,x|y,9\n1.wav,2.wav,z,Why?,x|y,9\n")})
-    rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv", audio="wav.path", prompt="{q}",
-                           response="a[0]", choices="c", keep=["c", "wave"])
-    assert rows == [{"audio": str(tmp_path / "t/2.wav"), "prompt": "Why? A. x B. y", "c": "x|y",
-                     "response": "B. y", "task": "mcq", "choices": ["x", "y"], "wave_": "9"}]
-    assert counts == "csv: 1 rows, 1 left out, 1 an answer that is none of the choices"
-
-
 @pytest.mark.parametrize("flags", [{}, {"audio": "file name"}, {"task": "asr"},
                                    {"audio": "file name", "task": "asr", "choices": "q"}])
 def test_table_that_would_give_no_prompt_is_refused(table, capsys, flags):
     with pytest.raises(InputError, match="give --prompt or --question"):
         convert(capsys, "csv", table, response="a", **flags)
-    with pytest.raises(InputError, match="no column 'wrong'"):
-        convert(capsys, "csv", table, prompt="q", response="wrong")
+
+
+def test_choices_and_further_keys_are_columns_of_any_name(tmp_path, capsys):
+    lay_out(tmp_path / "t", {"t.csv": "{q},a[0],c.d,wave\nWhy?,1,x|y,9\nWhy?,z,x|y,9\n"})
+    rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv", prompt="{q}", response="a[0]",
+                           choices="c.d", keep=["c.d", "wave"])
+    assert rows == [{"audio": None, "prompt": "Why? A. x B. y", "response": "B. y", "task": "mcq",
+                     "choices": ["x", "y"], "c.d": "x|y", "wave_": "9"}]
+    assert counts == "csv: 1 rows, 1 left out, 1 an answer that is none of the choices"
 
 
 def test_columns_of_the_usual_names_need_no_flag_and_what_is_no_text_is_counted(tmp_path, capsys):
     lay_out(tmp_path / "t", {"t.csv": 'prompt,response\nWhy?,Hello, world\nWhy?,"Hello, world"\n'})
     rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv")
     assert [row["response"] for row in rows] == ["Hello, world"]
-    assert "1 left out, 1 with no text where one belongs, or with commas" in counts
+    assert "1 left out, 1 no text where one belongs, or commas" in counts
     items = [{"prompt": "?", "response": a} for a in (["x"], {"b": "c"}, 3, "\ud800")]
     write_lines(tmp_path / "t/t.jsonl", items)
     rows, counts = convert(capsys, "json", tmp_path / "t/t.jsonl")
     assert [row["response"] for row in rows] == ["3"]
-    assert "2 with no text where one belongs" in counts and "surrogates" in counts
+    assert "2 no text where one belongs" in counts and "surrogates" in counts
 
 
 @pytest.mark.parametrize("there, named, found", [
@@ -1426,8 +1393,7 @@ TEXT = {"type": "text", "text": "Why?"}
     conversation([TEXT, {"type": "audio", "audio_url": "1.wav"}], [TEXT | {"text": "x"}]),
     conversation([{"type": "audio"}, TEXT], "x", audios=["1.wav"]),
     {"sound": "1.wav", "id": "7", "conversations": [    # Audio Flamingo 3
-        {"from": "human", "value": "<sound>\nWhy?"}, {"from": "gpt", "value": "x"}]},
-    {"query": "<|AUDIO|>Why?", "response": "x", "audios": ["1.wav"], "history": []}])
+        {"from": "human", "value": "<sound>\nWhy?"}, {"from": "gpt", "value": "x"}]}])
 def test_conversations_of_other_projects_become_rows(tmp_path, capsys, item):
     items = [item, conversation("Say yes.", "Yes.")]
     lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
@@ -1450,7 +1416,7 @@ def test_conversations_of_other_projects_become_rows(tmp_path, capsys, item):
     *[(item, "not of one question and one answer") for item in (
         conversation("Why?", "x", system="Be kind."), conversation("Why?"),
         {"messages": ["a", "b"]}, {"messages": conversation("Why?", "x")["messages"][::-1]},
-        {"query": "Why?", "response": "x", "history": [["a", "b"]]})]])
+        conversation("Why?", "x", history=[["a", "b"]]))]])
 def test_conversations_that_are_no_row_are_left_out_and_counted(tmp_path, capsys, item, reason):
     items = [item, conversation("Say yes.", "Yes.")]
     lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
