@@ -135,7 +135,7 @@ def ask(args):
     clip that cannot be read is named, and the others are answered."""
     rows = rows_to_ask(args)
     if len(rows) == 1:
-        rows.load(0)    # so that it is missed before the model is loaded
+        rows.load(0)    # missed before the model is loaded
     coat = load_model(args)
     skipped = []
     for batch in batches(coat, rows, range(len(rows)), args, skipped):
@@ -156,7 +156,7 @@ def ask(args):
 # score
 
 LETTERS = string.ascii_uppercase
-READING = read_json(os.path.join(ASSETS, "reading.json"))    # patterns, and what each is for
+READING = read_json(os.path.join(ASSETS, "reading.json"))
 
 
 def fold(text):
@@ -189,7 +189,7 @@ def mentioned(text, choices):
     matches = []
     for choice in sorted(choices, key=len, reverse=True):    # what a longer one takes is gone
         phrase = re.escape(re.sub(r"^(?:an?|the)\s+", "", plain(choice)) or "\0")
-        if not re.search("[\u2e80-\uffff]", phrase):    # a script with spaces between its words
+        if not re.search("[\u2e80-\uffff]", phrase):    # of a script with spaces
             phrase = rf"(?<!\w){phrase}(?!\w)"
         matches += [(choice, match) for match in re.finditer(phrase, text, re.I)]
         text = re.sub(phrase, lambda match: "\0" * len(match[0]), text, flags=re.I)
@@ -251,7 +251,7 @@ def lmms_choice(answer, choices, rule):
 
 
 def is_right(line):
-    """Whether an answer is the response, or names the choice that the response names."""
+    """Whether an answer is the response, or names the choice that it names."""
     if not line.get("choices"):
         return plain(final_answer(line["answer"])) == plain(line["response"])
     right = read_choice(line["response"], line["choices"])
@@ -269,10 +269,10 @@ def normalisers():
 def words_heard(text, line, rule):
     """[word], in a script without spaces [character]. rule: one of lmms-eval's, or "ours": English
     by Whisper's normaliser, elsewhere without capitals and marks (its basic one takes vowels)."""
-    english, basic = normalisers()
-    text = re.sub(r"<\|.*?\|>|<(?:MUSIC|NOISE|SIL|OTHER)>", " ", text)    # appendix B
     if rule == "rows":
         return text.lower().split()
+    english, basic = normalisers()
+    text = re.sub(r"<\|.*?\|>|<(?:MUSIC|NOISE|SIL|OTHER)>", " ", text)    # appendix B
     if rule == "ours":
         letters = filter(str.isalpha, line["response"])
         is_latin = all("LATIN" in unicodedata.name(c, "") for c in letters)
@@ -301,7 +301,7 @@ def word_errors(line, rule):
     found = jiwer.process_words(" ".join(reference), " ".join(heard))
     missed = found.substitutions + found.deletions
     wrong, n = missed + found.insertions, missed + found.hits
-    return (wrong / n, 1) if rule == "rows" else (wrong, n)    # each row weighs alike
+    return (wrong / n, 1) if rule == "rows" else (wrong, n)
 
 
 def share(counts, samples=1000):
@@ -434,7 +434,7 @@ def score_set(args, name, source, model):
     ratings = {line["row"]: line["rating"] for line in lines
                if line.get("judge") == args.judge_model}
     skipped = [reason for _, reason in source.skipped]
-    print(f"{name}: {len(source)} rows, {len(skipped)} skipped, {len(answers)} answered before\n"
+    print(f"{name}: {source.about}; {len(skipped)} skipped, {len(answers)} answered before\n"
           f"predictions: {path}")
     left = np.setdiff1d(usable_rows(source), list(answers)).tolist()
     for batch in batches(model(), source, left, args, skipped) if left else ():
@@ -552,7 +552,7 @@ def rate(args, line):
                   "messages": [{"role": "user", "content": prompt}]})
         reply.raise_for_status()
         text = str(reply.json()["choices"][0]["message"]["content"] or "")
-    except Exception as e:    # of any kind
+    except Exception as e:
         reason = " ".join(str(e).replace(key or "\0", "***").split())
         raise InputError(f"the judge at {args.judge} fails ({reason}); its key is read from "
                          "OPENAI_API_KEY. The same command goes on") from e
@@ -825,7 +825,7 @@ def compare(args):
 
 
 def mean_interval(values):
-    """(mean, half of its 95 % interval by Student's t, NaN for one value)"""
+    """(mean, half of its 95 % interval by Student's t)"""
     from scipy.stats import sem, t
     alone = len(values) == 1
     return float(np.mean(values)), (
@@ -833,7 +833,7 @@ def mean_interval(values):
 
 
 def in_words(values, sign=""):
-    """Their mean and its interval, "" without any."""
+    """Their mean and its interval."""
     if not values:
         return ""
     mean, half = mean_interval(values)
@@ -862,8 +862,11 @@ def results_of(path):
     judges = [line["judge"] for line in lines if "judge" in line]    # the last one counts
     ratings = {line["row"]: line["rating"] for line in lines if line.get("judge") in judges[-1:]}
     answered = sorted((x for x in lines if "answer" in x), key=lambda line: line["row"])
-    name = os.path.basename(run["data"])
-    return [who | {"set": name} | result for result in shown(measure(answered, ratings))]
+    who["set"] = os.path.basename(run["data"])
+    found = shown(measure(answered, ratings))
+    if not found:
+        raise InputError(f"'{path}' has no result, or none without a judge")
+    return [who | result for result in found]
 
 
 def described(flags):
