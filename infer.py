@@ -611,11 +611,30 @@ def pitch_recall(z_hat, z, expert):
     return (expert.readout(z_hat).sigmoid() > CONTOUR_ON)[on].float().mean().item()
 
 
+def picture(task, z_hat, z, expert):
+    """(student (K, L), expert (K, L), [names of the K rows]) of features (L, E), as figure 4 shows
+    them: emotions that the expert's file can name, the contour, the ten strongest events, else the
+    64 dimensions that vary most."""
+    rows, names = slice(None), []
+    if task == "affect" and expert.readout:
+        z_hat, z = (expert.readout(x).softmax(1) for x in (z_hat, z))
+        names = expert.EMOTIONS
+    elif task == "pitch":    # the strongest third of each semitone
+        z_hat, z = (expert.readout(x).sigmoid().unflatten(1, (88, 3)).amax(2) for x in (z_hat, z))
+    elif task == "sound":
+        z_hat, z = (expert.readout(x).sigmoid() for x in (z_hat, z))
+        rows = z.amax(0).topk(10).indices.flip(0)
+        names = [f"event {i}" for i in rows.tolist()]
+    else:
+        rows = z.var(0).topk(min(64, z.shape[1])).indices
+    return z_hat.T[rows], z.T[rows], names
+
+
 def show(args):
     """What each head reconstructs beside what its expert hears, as a picture (figure 4).
 
     unexplained: a loss over that of the best constant answer; 0 is the expert itself."""
-    from docs.pictures import draw_heads
+    from matplotlib.figure import Figure
     wave, rate = read_audio(args.clip, args.start, args.end)
     coat, experts, heads = load_heads(args)
     row = {"wave": wave, "rate": rate, "prompt": args.question, "response": ""}
@@ -623,7 +642,18 @@ def show(args):
     told = {"clip": args.clip, "model": args.model, "unexplained": losses, "picture": args.out}
     if "pitch" in heads:
         told["pitch_recall"] = pitch_recall(student["pitch"], target["pitch"], experts["pitch"])
-    draw_heads(student, target, losses, experts, len(wave) / rate, args.out)
+    figure = Figure(figsize=(9, 2.4 * len(heads)), dpi=80, layout="constrained")
+    for task, axes in zip(heads, figure.subplots(len(heads), 2, squeeze=False)):
+        *images, names = picture(task, student[task], target[task], experts[task])
+        low, high = np.quantile(images[1].cpu(), [0.01, 0.99])
+        for axis, image in zip(axes, images):
+            axis.imshow(image.cpu().numpy(), aspect="auto", origin="lower", vmin=low, vmax=high,
+                        extent=(0, len(wave) / rate, -0.5, len(image) - 0.5))
+            axis.set_yticks(range(len(names)), names)
+        axes[0].set_title(", ".join(f"{term}: {loss:.2f} unexplained" for term, loss
+                                    in losses.items() if term.startswith(task)), fontsize=9)
+        axes[1].set_title(type(experts[task]).__name__, fontsize=9)
+    figure.savefig(args.out, format="png")
     print(json.dumps(told, allow_nan=False))
 
 
@@ -700,8 +730,7 @@ def probe(args):
                   f"{found['rows']} rows, {found['left_out']} without a label")
     print(json.dumps({"data": args.data, "label": args.label, "results": results}, allow_nan=False))
     if args.plot:
-        from docs.pictures import draw_probes
-        draw_probes(results, args.data, args.plot)
+        plot_probes(results, args)
 
 
 def value_at(row, *keys):
@@ -774,6 +803,24 @@ def linear_probe(x, labels, groups):
     return accuracy, chances[np.arange(len(true)), true]
 
 
+def plot_probes(results, args):
+    """Accuracy over the checkpoints of each run, a level line for other models (figure 3)."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 3.2), dpi=90, layout="constrained")
+    for axis, position in zip(figure.subplots(1, 2, sharey=True), ("think", "pre-gen")):
+        for i, name in enumerate(args.models):
+            found = [r for r in results if r["model"] == name and position in r]
+            accuracy = [r[position]["accuracy"] for r in found]
+            if found and found[0]["step"]:
+                axis.errorbar([r["step"] for r in found], accuracy,
+                              [r[position]["deviation"] for r in found], color=f"C{i}", label=name)
+            elif found:
+                axis.axhline(accuracy[0], color=f"C{i}", label=name)
+        axis.set(xlabel="step", title=position, ylabel=f"accuracy of the probe, {args.data}")
+        axis.legend(fontsize=8)
+    figure.savefig(args.plot, format="png")
+
+
 # --------------------------------------------------------------------------------------------------
 # compare, merge, the command line
 
@@ -819,9 +866,7 @@ def compare(args):
             print(f"{data:16}{question:{width}}{arm:32}{len(seeds):6}"
                   f"{in_words([*seeds.values()]):>16}{in_words(paired, '+'):>16}".rstrip())
     if args.plot:
-        from docs.pictures import draw_arms
-        draw_arms({key: {arm: mean_interval([*seeds.values()]) for arm, seeds in arms.items()}
-                   for key, arms in found.items()}, args.plot)
+        plot_arms(found, args.plot)
 
 
 def mean_interval(values):
@@ -885,6 +930,33 @@ def described(flags):
     data = [os.path.splitext(os.path.basename(name))[0].removesuffix(f"-{flags['seed']}")
             for name in dict.fromkeys(flags["data"])]
     return {"arm": arm, "data": ", ".join(data), "seed": flags["seed"]}
+
+
+def plot_arms(found, path):
+    """Accuracy against the number at the end of the name of the data, one picture a question.
+
+    found   {(data, question): {arm: {seed: value}}}"""
+    from matplotlib.figure import Figure
+    numbered = {key: int(number[0]) for key in found if (number := re.search(r"\d+$", key[0]))}
+    questions = list(dict.fromkeys(question for _, question in numbered))
+    if not questions:
+        raise InputError("--plot needs data whose names end in numbers, such as tones:note:28")
+    arms = list(dict.fromkeys(arm for seeds in found.values() for arm in seeds))
+    figure = Figure(figsize=(1 + 4 * len(questions), 3.5), dpi=90, layout="constrained")
+    for axis, question in zip(figure.subplots(1, len(questions), squeeze=False)[0], questions):
+        for k, arm in enumerate(arms):
+            points = sorted((number, *mean_interval([*found[key][arm].values()]))
+                            for key, number in numbered.items()
+                            if key[1] == question and arm in found[key])
+            if points:
+                numbers, values, halves = np.transpose(points)
+                apart = 1.04 ** k    # so that intervals do not hide each other
+                axis.errorbar(numbers * apart, values, halves, marker="o", markersize=3,
+                              color=f"C{k}", label=arm)
+        axis.set(xscale="log", xlabel="labelled clips", ylabel="right answers, %", title=question)
+    handles = axis.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, format="png")
 
 
 def merge(args):

@@ -39,7 +39,6 @@ from types import SimpleNamespace
 
 import datasets
 import filelock
-import jiwer
 import numpy as np
 import peft
 import pytest
