@@ -1,8 +1,8 @@
 """Audio, rows, the batches of a stage, benchmarks, corpora.
 
-    python data.py check assets/clips.jsonl      # rows, hours, what would be skipped and why
-    python data.py check MIXTURE.json --quick    # what a stage draws, too; decodes nothing
-    python data.py convert clotho ROOT           # rows of a corpus as its makers lay it out
+    python data.py check assets/clips.jsonl    # rows, hours, what would be skipped and why
+    python data.py check MIXTURE.json --quick  # what a stage draws, too; decodes nothing
+    python data.py convert clotho ROOT         # rows of a corpus as its makers lay it out
     python data.py convert hub NAME --split train --prompt question --response answer
 
 A manifest holds one JSON object a line; audio paths are relative to it, null is a row of text:
@@ -35,21 +35,16 @@ from collections import Counter
 import numpy as np
 import soundfile
 import torch
-from torchaudio.functional import resample
 
-from experts import EXPERTS, load, resample_frames
-from model import (ASSETS, IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError, build_inputs,
-                   check_seconds, check_text, encode_row, load_coat, one_line_errors, pad_batch,
-                   pad_rows, read_json)
+from experts import EXPERTS, resample_frames
+from model import (ASSETS, IGNORE, MAX_PEAK, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError,
+                   at_rate, build_inputs, check_seconds, check_text, encode_row, load_coat,
+                   one_line_errors, pad_batch, pad_rows, read_json)
 
-MAX_KERNEL = 2 ** 24      # taps of a resampling kernel; for 44,099 Hz it would take gigabytes
-MAX_PEAK = 2.0            # mp3 and resampling go a bit above 1, integers stored as float far above
-STREAMED = 0x7f000000     # bytes: headers that state more were written into a pipe
-# How a stream begins, where files are joined at times.
-STARTS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22",
+STARTS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22",    # of a stream
           "MP3": rb"\AID3|\A\xff[\xe0-\xff]"}
 WHOLE = {*STARTS, "WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "CAF"}    # or they show that not
-# The usual way takes an open file for each tensor that comes from a data process.
+# Else each tensor from a data process takes an open file.
 torch.multiprocessing.set_sharing_strategy("file_system")
 
 
@@ -58,6 +53,8 @@ torch.multiprocessing.set_sharing_strategy("file_system")
 
 class Sound(soundfile.SoundFile):
     """A clip, to be decoded once from front to back. length: in frames, None if not stated"""
+
+    stream = io.BytesIO()    # if there is no file
 
     def __init__(self, clip):
         self.stream = open(clip, "rb") if isinstance(clip, str) else io.BytesIO(clip)
@@ -70,7 +67,7 @@ class Sound(soundfile.SoundFile):
             tag = 10 + sum(data[9 - i] << 7 * i for i in range(4)) if data[:3] == b"ID3" else 0
             stated = re.search(b"Xing|Info|VBRI", data[tag:tag + 256])
             # Without it libsndfile takes the first frame's bit rate for that of all, and stops
-            # there. So the file is longer while it is opened: 320 kbit/s may become 8.
+            # there. So the file is longer while it is opened.
             self.stream = io.BytesIO(data + bytes(0 if stated else min(40 * len(data), 2 ** 28)))
             super().__init__(self.stream)
             self.stream.truncate(len(data))
@@ -84,84 +81,64 @@ class Sound(soundfile.SoundFile):
         self.stream.close()
 
 
-def open_audio(clip, start=None, end=None, name=None):
-    """Checks what the header of a clip, or of a segment in seconds, says. Raises InputError.
-
-    Returns (Sound, first frame, frame after the last)"""
+def read_audio(clip, start=None, end=None, name=None, decode=True):
+    """A clip, or a segment in seconds -> ((N,) float32 mono in [-1, 1], its rate in Hz); without
+    decode its seconds by the header. Raises InputError."""
     name = name or clip
-    if isinstance(clip, str) and not os.path.isfile(clip):
-        raise InputError(f"no file '{name}'")
     try:
         sound = Sound(clip)
+        rate = sound.samplerate
         if sound.length is None:
-            length = sum(map(len, iter(lambda: list(sound.read(sound.samplerate)), [])))
+            length = sum(map(len, iter(lambda: list(sound.read(rate)), [])))
             sound = Sound(clip)
             sound.length = length
+    except FileNotFoundError as e:
+        raise InputError(f"no file '{name}'") from e
     except (OSError, TypeError, soundfile.LibsndfileError) as e:    # TypeError: .raw
         raise InputError(f"cannot decode '{name}' ({getattr(e, 'error_string', e)}); make a wav: "
-                         f"ffmpeg -i '{name}' clip.wav") from e
-    rate = sound.samplerate
+                         f"ffmpeg -i '{name}' x.wav") from e
     first = round((start or 0) * rate)
     last = sound.length if end is None else min(sound.length, round(end * rate))
-    if sound.format not in WHOLE:
-        raise InputError(f"'{name}' is {sound.format}, which cannot tell whether it is whole")
-    # libsndfile reads what is left of a file; only its log tells.
+    # libsndfile reads what is left; only its log tells. The header of a pipe states 2 GB.
     sizes = re.findall(r": +(\d+) \(should be (\d+)\)", sound.extra_info)
-    is_cut = [1.01 * int(there) < int(stated) < STREAMED for stated, there in sizes]
-    if last == sound.length and (any(is_cut) or "Junk after the last page" in sound.extra_info):
-        raise InputError(f"'{name}' is cut off, or two files in one; export it again")
+    is_cut = [1.01 * int(there) < int(stated) < 0x7f000000 for stated, there in sizes]
+    if last == sound.length and (any(is_cut) or sound.format not in WHOLE
+                                 or "Junk after the last page" in sound.extra_info):
+        raise InputError(f"'{name}' ({sound.format}) is cut off, joined, or cannot show that not")
     if not 0 <= first < last:
-        raise InputError(f"'{name}' has no samples from {start or 0} s to {end or 'its end'}; "
-                         f"it lasts {sound.length / rate:.2f} s")
+        raise InputError(f"'{name}' has no samples from {start or 0} s to {end or 'its end'}")
     check_seconds((last - first) / rate, f"'{name}'")
-    return sound, first, last
-
-
-def read_audio(clip, start=None, end=None, name=None):
-    """A clip, or a segment of it in seconds -> ((N,) float32 mono in [-1, 1], its rate in Hz).
-
-    Reads what libsndfile decodes and shows to be whole. Raises InputError."""
-    name = name or clip
-    sound, first, last = open_audio(clip, start, end, name)
     with sound:
+        if not decode:
+            return (last - first) / rate
         seeks = soundfile.SoundFile.seekable(sound)
-        before = min(first, sound.samplerate) if seeks else first    # an mp3 frame needs 1 s
+        before = min(first, rate) if seeks else first    # an mp3 frame needs 1 s
         try:
             if seeks:
                 sound.seek(first - before)
             frames = sound.read(before + last - first, dtype="float32", always_2d=True)[before:]
         except soundfile.LibsndfileError as e:
             raise InputError(f"'{name}' breaks off ({e.error_string}); export it again") from e
-        if len(frames) < 0.99 * (last - first):
-            raise InputError(f"'{name}' is cut off: {len(frames)} of {last - first} samples")
         if sound.format != "MP3":    # that was read frame by frame; of one more a rest may be left
             sound.stream.seek(4)
         rest = sound.stream.read() if last == sound.length else b""
-        if len(rest) > 4096 and re.search(STARTS.get(sound.format, b"$^"), rest):
-            raise InputError(f"'{name}' goes on after its end at {last / sound.samplerate:.2f} s: "
-                             "files joined in one; export it again")
+    goes_on = len(rest) > 4096 and re.search(STARTS.get(sound.format, b"$^"), rest)
+    if len(frames) < 0.99 * (last - first) or goes_on:
+        raise InputError(f"'{name}' is cut off, or joined: of {last - first} samples by its header "
+                         f"it has {len(frames)}{', and then more' if goes_on else ''}")
     peak = np.abs(frames).max()
     if not peak <= MAX_PEAK:    # so that NaN is refused too
-        raise InputError(f"'{name}' has samples up to {peak:g}, not -1 to 1; divide integers that "
-                         "were stored as float")
-    return torch.from_numpy(frames).mean(1), sound.samplerate
-
-
-def at_rate(wave, rate, new_rate):
-    """(N,) at `rate` Hz -> (ceil(N new_rate / rate),) at `new_rate` Hz. Raises InputError."""
-    taps = math.lcm(rate, new_rate) // math.gcd(rate, new_rate)
-    if taps > MAX_KERNEL:
-        raise InputError(f"cannot resample from {rate} to {new_rate} Hz; take a usual rate")
-    return resample(wave, rate, new_rate)
+        raise InputError(f"'{name}' has samples up to {peak:g}; divide integers stored as float")
+    return torch.from_numpy(frames).mean(1), rate
 
 
 # --------------------------------------------------------------------------------------------------
 # Sources of rows. Each has
 #   len(), load(i)   number of rows; row i, with "wave" (N,) and "rate" in Hz if it has audio
 #   lengths          (rows,) seconds of audio, 0 without
-#   skipped          [(row, InputError)] of those that headers and stated lengths rule out
+#   skipped          [(row, InputError)] of those that headers or stated lengths rule out
 #   files, about     what it is read from; what it is, in one line
-#   draw(n, rng)     (n,) row numbers of a stage in random order
+#   draw(n, rng)     (n,) row numbers in random order
 
 def open_source(text, training_rows=None, seed=0):
     """rows.jsonl, mixture.json, a benchmark (see Benchmark), or synthetic tones, tones[:KINDS[:N]].
@@ -175,7 +152,7 @@ def open_source(text, training_rows=None, seed=0):
     found = re.fullmatch(r"tones(?::([\w,]*)(?::([1-9]\d{0,5}))?)?", text)
     kinds = (found and found[1] or ",".join(DEFAULT_TONES)).split(",")
     if not found or set(kinds) - set(TONES):
-        raise InputError(f"'{text}': give tones[:KINDS[:N]], KINDS from {','.join(TONES)}")
+        raise InputError(f"'{text}': give tones[:KINDS[:N]], kinds {','.join(TONES)}")
     if training_rows is None:
         return Tones("heldout", int(found[2] or 60) * len(kinds), kinds)
     return Tones("train", training_rows, kinds, int(found[2] or 0), seed)
@@ -227,14 +204,14 @@ def parse_row(line, where, answered=True):
             bad.append(key)
     if bad:
         raise InputError(f'{where}: "{bad[0]}" is missing, empty, taken or of another kind; '
-                         "python data.py convert reads other formats")
+                         "data.py convert reads other formats")
     row["task"] = row["task"].strip().lower()
     return row
 
 
 class Manifest:
     """The rows of JSON-lines files. Each line is checked once and read again when it is needed, so
-    that a row takes 16 bytes of memory. Raises InputError with the number of a malformed one."""
+    that a row takes 16 bytes of memory. Raises InputError with a malformed one's number."""
 
     files = ()
     left_out = ()    # of skipped, what is known without looking at the audio
@@ -247,8 +224,8 @@ class Manifest:
         stated = array("d")    # seconds of each row, nan where unknown
         for path in paths:
             if not os.path.isfile(path) or path.endswith(".parquet"):
-                raise InputError(f"'{path}' is no file with one JSON object a line, as data.py "
-                                 f"convert writes, nor a benchmark: {', '.join(BENCHMARKS)}")
+                raise InputError(f"'{path}' is neither a file of JSON lines, as data.py convert "
+                                 f"writes, nor a benchmark: {', '.join(BENCHMARKS)}")
             start = 0
             for number, line in enumerate(open(path, "rb"), 1):
                 if line.strip():
@@ -284,8 +261,7 @@ class Manifest:
             row["audio"] = os.path.join(os.path.dirname(path), row["audio"])
         return row
 
-    def clip(self, i, row):
-        """The clip of row i and what else read_audio takes."""
+    def clip(self, i, row):    # what read_audio takes
         return row["audio"], row.get("start"), row.get("end"), row["audio"]
 
     def load(self, i):
@@ -305,9 +281,7 @@ class Manifest:
             try:
                 if row.get("seconds") is not None:
                     check_seconds(row["seconds"], f"'{row['audio']}'")
-                sound, first, last = open_audio(*self.clip(i, row))
-                with sound:
-                    lengths[i] = (last - first) / sound.samplerate
+                lengths[i] = read_audio(*self.clip(i, row), decode=False)
             except InputError as e:
                 lengths[i] = 0
                 skipped.append((i, e))
@@ -333,8 +307,8 @@ class Manifest:
 
 
 def allot(n, weights, caps):
-    """Whole numbers by weights (largest remainders), none above its cap, that sum to n or, if that
-    is less, to the sum of caps. What a full one cannot take goes to the others by their weights."""
+    """Whole numbers by weights, none above its cap, that sum to n or to the sum of caps, if that is
+    less. What a full one cannot take goes to the others by their weights."""
     weights = np.asarray(weights, float)
     caps = np.asarray(caps)
     counts = np.zeros(len(caps), int)
@@ -354,11 +328,9 @@ def allot(n, weights, caps):
 
 
 class Mixture(Manifest):
-    """Manifests in groups with shares, from a mixture file (appendix A). Raises InputError.
-
-    A stage draws each group by its share and the sources in it alike or by size (appendix A says
-    both), in whole passes, none beyond its max_epochs. What a source cannot give goes to the others
-    of its group, what a group cannot give to other groups."""
+    """Manifests in groups with shares, and in a group alike or by size (appendix A says both), in
+    whole passes and none beyond its max_epochs. What a source cannot give goes to the others of its
+    group, what a group cannot give to other groups."""
 
     def __init__(self, path):
         self.path = path
@@ -367,26 +339,23 @@ class Mixture(Manifest):
         paths = []
         with open(path, encoding="utf-8") as file:
             text = "".join(line for line in file if not line.lstrip().startswith("//"))
-        try:
-            spec = json.loads(text)
-            limit = spec.pop("max_epochs", math.inf)
-            self.stage_rows = int(spec.pop("rows", 1_600_000))
-            for group, given in spec.pop("groups").items():
-                first = len(paths)
-                for source in given.pop("sources"):
-                    source = {"rows": source} if isinstance(source, str) else source
-                    paths.append(os.path.join(os.path.dirname(path), source["rows"]))
-                    self.max_epochs.append(float(source.get("max_epochs", limit)))
-                share = float(given.pop("share"))
-                by_size = {"uniform": False, "by size": True}[given.pop("draw", "uniform")]
-                self.groups[group] = (share, by_size, np.arange(first, len(paths)))
-                spec |= given    # nothing may be left
-                if not 0 < share < math.inf or first == len(paths):
-                    raise ValueError(f"{group} needs a share above 0 and sources")
-            if spec or not min(self.max_epochs) > 0 or text.count('"share"') > len(self.groups):
-                raise ValueError(f"max_epochs of 0, a group twice, or other keys: {list(spec)}")
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
-            raise InputError(f"'{path}' ({type(e).__name__}: {e}); see assets/mixture.json") from e
+        spec = json.loads(text)
+        limit = spec.pop("max_epochs", math.inf)
+        self.stage_rows = int(spec.pop("rows", 1_600_000))
+        for group, given in spec.pop("groups").items():
+            first = len(paths)
+            for source in given.pop("sources"):
+                source = {"rows": source} if isinstance(source, str) else source
+                paths.append(os.path.join(os.path.dirname(path), source["rows"]))
+                self.max_epochs.append(float(source.get("max_epochs", limit)))
+            share = float(given.pop("share"))
+            by_size = {"uniform": False, "by size": True}[given.pop("draw", "uniform")]
+            self.groups[group] = (share, by_size, np.arange(first, len(paths)))
+            spec |= given    # nothing may be left
+            if not 0 < share < math.inf or first == len(paths):
+                raise InputError(f"'{path}': {group} needs a share and sources")
+        if spec or not min(self.max_epochs) > 0 or text.count('"share"') > len(self.groups):
+            raise InputError(f"'{path}': max_epochs of 0, a group twice, or keys {list(spec)}")
         super().__init__(*paths)
         self.files = (path, *paths)
 
@@ -397,8 +366,7 @@ class Mixture(Manifest):
         shares = [share for share, _, _ in self.groups.values()]
         budget = allot(n, shares, [caps[members].sum() for _, _, members in self.groups.values()])
         if budget.sum() < n:
-            raise InputError(f"a stage of {n} rows, but '{self.path}' has {budget.sum()} under its "
-                             "max_epochs")
+            raise InputError(f"{n} rows, but '{self.path}' has {budget.sum()} under its max_epochs")
         counts = np.zeros(len(caps), int)
         for (_, by_size, members), rows in zip(self.groups.values(), budget):
             weights = [max(1, len(self.usable[k])) if by_size else 1 for k in members]
@@ -412,17 +380,11 @@ class Mixture(Manifest):
         return rng.permutation(np.concatenate(drawn))
 
     def report(self, n):
-        """Lines that say what a stage of n rows draws from each group and source."""
         counts = self.counts(n)
-        total = sum(share for share, _, _ in self.groups.values())
-        lines = [f"{'usable rows':>14}{'share':>8}{'drawn':>10}{'epochs':>8}"]
-        for group, (share, _, members) in self.groups.items():
-            drawn = counts[members].sum()
-            lines.append(f"{drawn / n:22.2%}{drawn:10}{'':10}{group} (asked: {share / total:.2%})")
-            for k in members:
-                rows = len(self.usable[k])
-                lines.append(f"{rows:14}{counts[k] / n:8.2%}{counts[k]:10}"
-                             f"{counts[k] / max(1, rows):8.2f}    {self.paths[k]}")
+        lines = [f"{'usable rows':>14}{'drawn':>10}{'share':>8}{'epochs':>8}"]    # of a stage
+        for path, rows, count in zip(self.paths, self.usable, counts):
+            epochs = count / max(1, len(rows))
+            lines.append(f"{len(rows):14}{count:10}{count / n:8.2%}{epochs:8.2f}  {path}")
         return lines
 
 
@@ -502,9 +464,8 @@ def make_tone(kind, n, answer, rng):
 class Tones:
     """A source of n rows. Row i of a split, "train" or "heldout", is the same on every machine.
 
-    labelled    few labels: half of a stage is drawn from so many clips of each kind, which come
-                first and have each answer as often, half from n clips whose answer is "ok"
-    seed        chooses the labelled clips"""
+    labelled    clips of each kind, chosen by seed, that come first and are half of a stage; the
+                other half are n clips that are all answered by ok"""
 
     files = ()
     skipped = ()
@@ -551,11 +512,9 @@ class Tones:
 # Batches of a stage
 
 def plan_stage(source, steps, batch, seed, stage, window=50):
-    """(steps, batch) row numbers of a stage, rows of a step alike in length.
-
-    `window` steps at a time of what the source draws are sorted by length, see deal, and come in
-    random order; rows of text are dealt evenly over them. A function of its arguments alone, so
-    that a resumed run only needs its step. Raises InputError without any row."""
+    """(steps, batch) row numbers of a stage, a function of its arguments alone. Of what the source
+    draws, `window` steps at a time are sorted by length and come in random order; rows of text are
+    dealt evenly over them."""
     if len(source.skipped) == len(source):
         raise InputError(f"none of the {len(source)} rows can be used; "
                          f"the first: {source.skipped[0][1]}")
@@ -571,27 +530,8 @@ def plan_stage(source, steps, batch, seed, stage, window=50):
             n_sound = batch - len(text_of_step)
             in_order += [text_of_step, sound[:n_sound]]
             sound = sound[n_sound:]
-        steps_of_window = deal(np.concatenate(in_order), batch)
-        plan.append(steps_of_window[rng.permutation(len(steps_of_window))])
+        plan.append(rng.permutation(np.concatenate(in_order).reshape(-1, batch)))
     return np.concatenate(plan)
-
-
-def deal(rows, batch):
-    """(n,) row numbers in order -> (n / batch, batch): each step takes the next ones, but of copies
-    of a row only one; the others change places with rows of the nearest steps that have none."""
-    steps = rows.reshape(-1, batch)
-    if len(np.unique(rows)) == len(rows):
-        return steps
-    steps = steps.tolist()
-    for i, step in enumerate(steps):
-        for place, row in enumerate(step):
-            nearest = sorted(range(len(steps)), key=lambda j: abs(j - i))
-            for other in (steps[j] for j in nearest if row in step[:place]):
-                new = [k for k, found in enumerate(other) if found not in step]
-                if new and row not in other:
-                    step[place], other[new[0]] = other[new[0]], row
-                    break
-    return np.array(steps)
 
 
 class Rows(torch.utils.data.Dataset):
@@ -610,12 +550,9 @@ class Rows(torch.utils.data.Dataset):
 def collate(rows, spec, rates=(), think=True, responses=True, micro_tokens=None):
     """Loaded rows of a step -> ([its micro-batches], [InputError of those left out]).
 
-    A batch is that of build_inputs, with labels, and beside it
-    waves       {rate in Hz: [(N,) or None, one a row]} at 16 kHz and at the experts' rates
-    rows        the loaded rows without their waves; none: an idle batch
-    seconds     of audio
-    A micro-batch has at most micro_tokens tokens with its padding, or one row. The losses are sums,
-    so any cut gives the same step."""
+    A batch is that of build_inputs, with labels, rows (without waves; none: an idle batch), seconds
+    of audio, and waves, {rate in Hz: [(N,) or None, one a row]}. A micro-batch has at most
+    micro_tokens tokens with its padding, or one row."""
     encoded = []
     skipped = []
     for row in rows:
@@ -657,20 +594,11 @@ def idle_batch(spec, rates):
     return batch | {"waves": {rate: [None] for rate in rates}, "rows": [], "seconds": 0.0}
 
 
-def to_device(batch, device):
-    """Moves the tensors of a batch, except the experts' waves: they go one by one."""
-    def move(value):
-        return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-
-    moved = {key: move(value) for key, value in batch.items()}
-    return moved | {"audio": {key: move(value) for key, value in batch["audio"].items()}}
-
-
 def expert_targets(experts, batch, audio_embeds=None):
     """{name: (B, L, E)} z_k, the features of the frozen experts at the thinking tokens (25 Hz).
 
     Clip by clip, unpadded: clip-wide normalisation, reflection at the ends and ALiBi depend on the
-    true length. In fp32 (a GPU's convolutions: TF32): bf16 would show in their log spectra."""
+    true length. In fp32: bf16 would show in log spectra."""
     targets = {}
     lengths = batch["n_audio"]
     for name, expert in experts.items():
@@ -687,12 +615,13 @@ def expert_targets(experts, batch, audio_embeds=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data sets as tables. assets/corpora.json describes what one trains on, as its makers lay it out,
-# assets/benchmarks.json the evaluation sets as lmms-eval has them; both say what their keys mean.
+# Data sets as tables: assets/corpora.json, what one trains on, as its makers lay it out, and
+# assets/benchmarks.json, evaluation sets as lmms-eval has them. Both explain their keys.
 
 LETTERS = string.ascii_uppercase
 SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aiff", ".aif", ".w64", ".caf")
 FAMILIES = ("General", "AIR-Bench", "Music", "Emotion", "ASR")    # of benchmarks, table 1
+TABLES = ("csv", "json", "hub")    # what `convert` reads by names of columns
 CLASSES = ("emotion", "genre")    # tasks whose wordings ask for one of fixed options
 ROW_KEYS = ("benchmark", "family", "max_new_tokens", "rule", "wer", "prompt_is_ours")
 CORPORA = read_json(os.path.join(ASSETS, "corpora.json"))
@@ -706,7 +635,7 @@ for SETS in (CORPORA, BENCHMARKS):
 
 
 class LeftOut(Exception):
-    """Why an item of a data set becomes no row, to be counted."""
+    """Why an item becomes no row, to be counted."""
 
 
 def as_list(value):
@@ -715,8 +644,7 @@ def as_list(value):
 
 def digest(*words):
     """A number to choose by, the same on every machine."""
-    text = " ".join(words).encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.md5(text).digest()[:4], "big")
+    return int(hashlib.md5(" ".join(words).encode(errors="surrogatepass")).hexdigest()[:8], 16)
 
 
 def make_rows(spec, cells, root="", audio=None):
@@ -740,7 +668,7 @@ def make_rows(spec, cells, root="", audio=None):
     for key, template in spec.get("keep", {}).items():
         with contextlib.suppress(KeyError):    # older tables have fewer columns
             row[key] = template.format_map(cells)
-
+    row |= spec.get("more", {})
     question = next(filter(str.strip, fill("question")), "").strip()
     wordings = spec.get("wordings") or WORDINGS[spec["task"]]
     lettered = []
@@ -758,9 +686,7 @@ def make_rows(spec, cells, root="", audio=None):
     rows = []
     for response in fill("response"):
         for pattern, replacement in spec.get("clean", ()):
-            response = re.sub(pattern, replacement, response)
-        if "clean" in spec:
-            response = " ".join(response.split())
+            response = " ".join(re.sub(pattern, replacement, response).split())
         response = response.lower().strip() if spec.get("lower") else response.strip()
         prompt = wordings[digest(name, question, response) % len(wordings)].format(question).strip()
         if lettered:
@@ -768,7 +694,7 @@ def make_rows(spec, cells, root="", audio=None):
             if number is not None:
                 response = lettered[number]
             elif "rule" not in spec:    # upstream counts such a row as wrong
-                raise LeftOut("with an answer that is none of the choices")
+                raise LeftOut("an answer that is none of the choices")
             prompt = question and " ".join([question, *lettered])
         if "prompt" in spec:    # as it is, with white space at its ends
             prompt = spec["prompt"].format_map(cells | {"options": "\n".join(lettered)})
@@ -785,8 +711,7 @@ def make_rows(spec, cells, root="", audio=None):
 
 
 def read_choices(given):
-    """A list, "a|b|c", lines, or a list in a text -> [text]; "A. text" and "(A) text" lose their
-    letter. Raises LeftOut."""
+    """A list, also in a text, "a|b|c", or lines -> [text] without letters. Raises LeftOut."""
     if isinstance(given, str) and given.startswith("["):
         with contextlib.suppress(ValueError, SyntaxError):
             given = ast.literal_eval(given)
@@ -799,13 +724,13 @@ def read_choices(given):
     if all(marks):
         texts = [text[mark.end():] for mark, text in zip(marks, texts)]
     if not all(texts) or not 2 <= len(texts) <= len(LETTERS):    # the letters after it would change
-        raise LeftOut("with an empty choice, or fewer than two")
+        raise LeftOut("an empty choice, or fewer than two")
     return texts
 
 
 def find_choice(answer, choices, by_letter=False):
-    """The number of the choice that an answer names, or None: by its text, its letter, both, or a
-    number from 0; by_letter: "B" or "(B) .." is a letter whatever follows."""
+    """The number of the choice that an answer names by its text, its letter, both, or a number from
+    0, or None; by_letter: "B" or "(B) .." is a letter whatever follows."""
     texts = [choice.casefold() for choice in choices]
     if not by_letter and answer.casefold() in texts:
         return texts.index(answer.casefold())
@@ -819,22 +744,21 @@ def find_choice(answer, choices, by_letter=False):
 
 
 def find_audio(place):
-    """A path that is a file; else the audio file of this name with another ending, in any case of
-    letters; else None. Raises LeftOut if there are several."""
+    """A path that is a file; else the one audio file of its name with any ending, in any case of
+    letters, or None. Raises LeftOut if there are several."""
     if os.path.isfile(place):
         return place
     folder, name = os.path.split(os.path.normpath(place))
     found = listing(folder).get(name.lower()) or listing(folder).get(
         os.path.splitext(name)[0].lower(), [None])
     if len(found) > 1:
-        raise LeftOut("with several audio files of its name")
+        raise LeftOut("several audio files of its name")
     return found[0]
 
 
 @functools.lru_cache(1024)
 def listing(folder):
-    """{name in small letters without its ending: [paths]} of a folder's audio files; to ask for
-    each file is slow."""
+    """{name in small letters without its ending: [paths]} of a folder's audio files."""
     found = {}
     for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         stem, ending = os.path.splitext(file.lower())
@@ -848,10 +772,9 @@ codecs.register_error("latin-1", lambda e: (e.object[e.start:e.end].decode("lati
 
 
 def read_table(path, quoted=True, each=()):
-    """Yields the dicts of a file: of a header line and cells between commas, tabs or bars; or of
-    JSON, one a line or in an array, alone or as the "data" of an object. null is an empty text.
-
-    each    of JSON: keys of lists in lists; an item also has what is beside its list"""
+    """Yields the dicts of a file: a header and cells between commas, tabs or bars; or JSON, one a
+    line or in an array, alone or as the "data" of an object; each: keys of lists in lists, items
+    also have what is beside their list. null is an empty text."""
     csv.field_size_limit(2 ** 24)
     with open(path, encoding="utf-8-sig", errors="latin-1", newline="") as file:
         if not path.endswith((".json", ".jsonl")):
@@ -902,20 +825,18 @@ def corpus_items(name, root, split):
 
 
 def open_dataset(place, config=None, split=None, **options):
-    """A data set of the hub, a folder of save_to_disk, or parquet files: one, a pattern, or those
-    in a folder that name config and split -> datasets.Dataset, its audio undecoded."""
+    """A data set of the hub, a folder of save_to_disk, or parquet files (a pattern, or those in a
+    folder that name config and split) -> datasets.Dataset, its audio undecoded."""
     import datasets    # takes a second
-    files = sorted(glob.glob(place))
+    files = glob.glob(place)
     if os.path.isdir(place):
         found = glob.glob(f"{glob.escape(place)}/**/*.parquet", recursive=True)
-        files = [path for path in sorted(found) if all(
+        files = [path for path in found if all(
             word in os.path.relpath(path, place) for word in (config, split) if word)]
-        if len(found) > 1 and not files:
-            raise InputError(f"'{place}' holds {len(found)} parquet files and none of the split "
-                             f"{split}; give 'FOLDER/NAME*.parquet'")
-        files = files or found
+        if found and not files:
+            raise InputError(f"'{place}' has no parquet file of {config or ''} {split}")
     if files:
-        table = datasets.load_dataset("parquet", data_files=files, split="train")
+        table = datasets.load_dataset("parquet", data_files=sorted(files), split="train")
     elif glob.glob(f"{place}/dataset_*.json"):
         table = datasets.load_from_disk(place)
     else:
@@ -923,7 +844,7 @@ def open_dataset(place, config=None, split=None, **options):
     if isinstance(table, dict):    # of splits
         if split not in table and len(table) > 1:
             raise InputError(f"'{place}' has the splits {', '.join(table)}; choose one")
-        table = table[split if split in table else next(iter(table))]
+        table = table.get(split, next(iter(table.values())))
     for name, kind in table.features.items():
         if isinstance(kind, datasets.Audio) or isinstance(kind, dict) and "bytes" in kind:
             table = table.cast_column(name, datasets.Audio(decode=False))
@@ -931,8 +852,8 @@ def open_dataset(place, config=None, split=None, **options):
 
 
 class Benchmark(Manifest):
-    """An evaluation set: NAME from the hub, NAME@REVISION, or NAME=PLACE, where files of the same
-    columns lie, see open_dataset, or the makers' folder. Its rows also have ROW_KEYS."""
+    """An evaluation set: NAME or NAME@REVISION of the hub, or NAME=PLACE, files of the same columns
+    (see open_dataset) or the makers' folder. Its rows also have ROW_KEYS."""
 
     def __init__(self, text):
         name, revision, place = re.fullmatch(r"([^@=]+)(?:@([^=]+)|=(.+))?", text).groups()
@@ -942,21 +863,16 @@ class Benchmark(Manifest):
         revision = revision or spec.get("revision")
         self.column = spec.get("clip", "audio")
         self.table = None    # datasets.Dataset
-        if place and not glob.glob(place):
-            raise InputError(f"no file '{place}'")
-        packed = glob.glob(f"{place}/dataset_*.json") + glob.glob(f"{place}/**/*.parquet",
-                                                                  recursive=True)
-        if corpus and os.path.isdir(place or "") and not packed:
+        if place and not glob.glob(place) or not place and not hub:
+            raise InputError(f"no files; give {name}=PLACE, {corpus and layout_of(corpus)}")
+        if corpus and os.path.isdir(place or "") and not glob.glob(f"{place}/dataset_*.json"):
             items = [found[1] for found in corpus_items(corpus, place, spec["split"])
                      if not isinstance(found, str)]
             spec = CORPORA[corpus] | spec | {"response": CORPORA[corpus]["response"]}
-        elif place or hub:
-            options = {key: spec[key] for key in ("data_files",) if key in spec}
-            self.table = open_dataset(place or hub, spec.get("config"), spec["split"],
-                                      revision=revision, **options)
-            items = self.table.remove_columns(self.column)
         else:
-            raise InputError(f"{name} is not on the hub; give {name}=ROOT: {layout_of(corpus)}")
+            self.table = open_dataset(place or hub, spec.get("config"), spec["split"],
+                                      revision=revision, data_files=spec.get("data_files"))
+            items = self.table.remove_columns(self.column)
         self.rows = []
         self.left_out = []
         for i, cells in enumerate(items):
@@ -991,23 +907,16 @@ class Benchmark(Manifest):
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line. What can be converted yields arguments of make_rows, or why there is no row.
+# The command line
 
 def layout_of(name):
-    """Where the files of a corpus have to lie, in words."""
     table, audio = (" or ".join(f"ROOT/{place}" for place in as_list(CORPORA[name].get(key)))
                     for key in ("table", "audio"))
     return f"{name} has to lie as {table}, audio {audio or 'none'}{CORPORA[name].get('about', '')}"
 
 
-def any_corpus(args):
-    for split in args.split or CORPORA[args.name]["splits"]:
-        yield from corpus_items(args.name, args.root, split)
-
-
 def any_table(args):
     """The flags name the columns."""
-    folder = os.path.dirname(args.root)
     labels = {}
     if args.name == "hub":
         table = open_dataset(args.root, args.config, args.split and args.split[0])
@@ -1019,109 +928,57 @@ def any_table(args):
         prompt = args.prompt or ("prompt" if "prompt" in cells and not args.question else None)
         audio = args.audio or ("audio" if "audio" in cells else None)
         if not prompt and not args.question and (
-                args.choices or not audio or any("{}" in text for text in WORDINGS[args.task])):
-            raise InputError("give --prompt COLUMN or --question TEXT; or --audio COLUMN and a "
-                             "--task with prompts of ours, such as asr")
+                args.choices or not audio or "{}" in "".join(WORDINGS[args.task])):
+            raise InputError("give --prompt or --question, or --audio and a --task such as asr")
         cells |= {name: names[cells[name]] for name, names in labels.items()}
         response = cells[args.response]
         question = cells[prompt] if prompt else (args.question or "").format_map(cells)
         clip = cells[audio] if audio else None
-        if None in cells:    # where csv puts cells beyond the header's
-            yield "with more cells than columns (quote text with commas)"
-        elif any(isinstance(text, (list, dict, type(None))) for text in (response, question)):
-            yield "with no text where one belongs"
-        else:
-            if isinstance(clip, dict):    # of a data set; written as it is stored
-                clip = save_clip(clip, os.path.abspath(f"{args.clips}/{i:07}"))
-            spec = {"task": args.task, "response": "{response}", "choices": args.choices,
-                    "wordings": ["{}"] if question else None, "question": "{question}",
-                    "audio": audio and "{clip}", "keep": {
-                        f"{name}_" if name in {*KINDS, *LOADED_KEYS} else name: f"{{kept{k}}}"
-                        for k, name in enumerate(args.keep)}}
-            kept = {f"kept{k}": cells[name] for k, name in enumerate(args.keep)}
-            yield spec, cells | kept | {"response": response, "question": question,
-                                        "clip": clip}, folder
-
-
-def save_clip(cell, stem):
-    """Writes a clip of a data set as it is stored -> its path."""
-    if not cell["bytes"]:
-        return cell["path"]
-    ending = os.path.splitext(cell["path"] or "")[1] or f".{Sound(cell['bytes']).format.lower()}"
-    os.makedirs(os.path.dirname(stem), exist_ok=True)
-    with open(stem + ending, "wb") as file:
-        file.write(cell["bytes"])
-    return stem + ending
-
-
-CLIP_KEYS = ("audios", "audio", "sounds", "sound", "audio_url", "path", "url")
-ROLES = ("user assistant", "human gpt", "user gpt", "human assistant", "user model", "None None")
-MARK = re.compile(r"<\|?(?:audio|sound|speech|music|voice)\w*\|?>", re.I)    # of a clip in a text
-
-
-def text_and_clips(value):
-    """A turn of a conversation, a text or a list of parts -> (text, [paths])."""
-    parts = [part if isinstance(part, dict) else {"text": str(part)}
-             for part in (value if isinstance(value, list) else [value or ""])]
-    clips = [part.get(key) for part in parts for key in CLIP_KEYS]
-    return "\n".join(part.get("text") or "" for part in parts), list(filter(None, clips))
-
-
-def any_messages(args):
-    """Conversations, "messages" or "conversations", with the clip under one of CLIP_KEYS, or as a
-    part of the question; or "query" and "response"."""
-    for item in read_table(args.root):
-        turns = item.get("messages") or item.get("conversations") or [
-            {"content": item.get("query")}, {"content": item.get("response")}]
-        roles = [str(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else "text"
-                 for turn in turns]
-        if " ".join(roles) not in ROLES or item.get("system") or item.get("history"):
-            yield "not of one question and one answer"
+        if None in cells or any(isinstance(text, (list, dict, type(None)))
+                                for text in (response, question)):
+            yield "with no text where one belongs, or with commas outside of quotes"
             continue
-        (question, parts), (answer, answered) = (
-            text_and_clips(turn.get("content") or turn.get("value")) for turn in turns)
-        clips = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or parts
-        other = [key for key, value in item.items()
-                 if str(value).lower().rstrip("]'").endswith(SOUNDS)]
-        if answered or MARK.search(answer):
-            yield "with a clip in the answer"
-        elif len(clips) > 1 or len(MARK.findall(question)) > 1:
-            yield "with several clips"
-        elif not clips and (other or MARK.search(question)):
-            yield f"with a clip under '{''.join(other[:1])}', not 'audio'"
-        else:
-            spec = {"task": args.task, "question": "{q}", "response": "{a}", "wordings": ["{}"]}
-            cells = {"q": MARK.sub("", question), "a": answer, "clip": "".join(clips)}
-            yield spec | {"audio": clips and "{clip}"}, cells, os.path.dirname(args.root)
+        if isinstance(clip, dict) and clip["bytes"]:    # of a data set; written as it is stored
+            ending = os.path.splitext(clip["path"] or "")[1]
+            path = f"{args.clips}/{i:07}{ending or '.' + Sound(clip['bytes']).format.lower()}"
+            os.makedirs(args.clips, exist_ok=True)
+            with open(path, "wb") as file:
+                file.write(clip["bytes"])
+            clip = {"path": os.path.abspath(path)}
+        spec = {"task": args.task, "response": "{response}", "choices": args.choices,
+                "wordings": ["{}"] if question else None, "question": "{question}",
+                "audio": audio and "{clip}", "more": {
+                    f"{name}_" if name in (*KINDS, *LOADED_KEYS) else name: cells[name]
+                    for name in args.keep}}
+        cells |= {"response": response, "question": question,
+                  "clip": clip["path"] if isinstance(clip, dict) else clip}
+        yield spec, cells, os.path.dirname(args.root)
 
 
-ANY = {"csv": any_table, "json": any_table, "hub": any_table, "messages": any_messages}
-
-
-def pitch_class_of(row):
-    """The pitch class with most notes in a clip by basic-pitch: the sum over time of its note
-    posteriorgram where that is above 0.5. None without a note. Raises InputError."""
-    expert = load("pitch")
-    wave, rate = read_audio(row["audio"], row.get("start"), row.get("end"))
-    notes = expert.notes(at_rate(wave, rate, expert.sample_rate))    # (F, 88) from A0
-    strengths = torch.where(notes > 0.5, notes, 0).sum(0)
-    by_class = torch.zeros(12).index_add(0, (torch.arange(88) + 9) % 12, strengths)
-    return PITCH_CLASSES[by_class.argmax()] if by_class.any() else None
+def items_of(args):
+    """Yields arguments of make_rows, or why there is no row."""
+    if args.name == "messages":
+        from docs.recipes import any_messages    # few need it
+    if args.name not in CORPORA:
+        return any_table(args) if args.name in TABLES else any_messages(args)
+    splits = args.split or CORPORA[args.name]["splits"]
+    return (item for split in splits for item in corpus_items(args.name, args.root, split))
 
 
 def convert(args):
-    """Rows to stdout; to stderr how many, and how many were left out and why."""
+    """Rows to stdout; to stderr how many, and what was left out and why."""
     written = 0
     left_out = Counter()
     if args.name != "hub":
         args.root = os.path.abspath(args.root)
     try:
-        for found in ANY.get(args.name, any_corpus)(args):
+        for found in items_of(args):
             try:
                 if isinstance(found, str):
                     raise LeftOut(found)
                 for row in make_rows(*found):
                     if args.pitch_class:
+                        from docs.recipes import pitch_class_of
                         row["pitch_class"] = pitch_class_of(row)
                     line = json.dumps(row, ensure_ascii=False)
                     parse_row(line.encode(), "that training would refuse")
@@ -1160,32 +1017,28 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("check", help="what rows, a mixture or a benchmark hold")
-    p.set_defaults(run=check)
     p.add_argument("path", help="rows.jsonl, mixture.json, or a benchmark")
     p.add_argument("--quick", action="store_true", help="believe headers, decode nothing")
-
     p = commands.add_parser("convert", help="the rows of a corpus or data set", formatter_class=raw,
                             epilog="\n".join(map(layout_of, CORPORA)))
-    p.set_defaults(run=convert)
     add = p.add_argument
-    add("name", choices=[*CORPORA, *ANY], metavar="NAME", help="see below; csv, json: any table; "
-        "messages: conversations; hub: a data set of the hub, of save_to_disk, or parquet files")
+    add("name", choices=[*CORPORA, *TABLES, "messages"], metavar="NAME", help="see below, or csv, "
+        "json, hub (any data set of the hub, save_to_disk, parquet), messages (conversations)")
     add("root", metavar="ROOT", help="folder, file, or name of the data set")
     add("--split", nargs="+", help="instead of those to train on")
     add("--pitch-class", action="store_true", help="add each clip's dominant pitch class")
-    add("--choices", help='csv, json, hub: column with the options, "a|b|c" or a list')
-    for column, of in (("prompt", "questions"), ("audio", "clips")):
-        add(f"--{column}", help=f"csv, json, hub: column with the {of} ({column}, if there)")
-    add("--response", default="response", help="column with the answers (%(default)s)")
-    add("--question", help='one question for all rows; may name columns: "Is it {name}?"')
+    for column in ("prompt", "audio", "choices", "response"):
+        add(f"--{column}", default="response" if column == "response" else None,
+            help=f"csv, json, hub: the column with it ({column}, if there)")
+    add("--question", help='one for all rows; may name columns: "Is it {name}?"')
     add("--keep", nargs="+", default=[], metavar="COLUMN", help="further keys of the rows")
     add("--task", default="qa", choices=[task for task in WORDINGS if task not in CLASSES])
     add("--config", help="hub: configuration")
-    add("--clips", default="clips", metavar="FOLDER", help="hub: for the clips (%(default)s)")
+    add("--clips", default="clips", metavar="FOLDER", help="hub: for the clips")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     one_line_errors()
     flags = parse_flags()
-    sys.exit(flags.run(flags))
+    sys.exit({"check": check, "convert": convert}[flags.command](flags))

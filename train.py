@@ -32,11 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (TONES, Rows, Tones, collate, expert_targets, fingerprint, idle_batch, open_source,
-                  plan_stage, to_device)
+                  plan_stage)
 from experts import EXPERTS, load_experts
 from heads import heads_for, terms
 from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
-                   latest_checkpoint, load_coat, one_line_errors, read_json, usable_device,
+                   latest_checkpoint, load_coat, one_line_errors, read_json, to_device, usable_device,
                    write_file)
 
 PAPER_STAGES = ["100000:recon", "100000:all"]    # section 3.4
