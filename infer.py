@@ -612,9 +612,8 @@ def pitch_recall(z_hat, z, expert):
 
 
 def picture(task, z_hat, z, expert):
-    """(student (K, L), expert (K, L), [names of the K rows]) of features (L, E), as figure 4 shows
-    them: emotions that the expert's file can name, the contour, the ten strongest events, else the
-    64 dimensions that vary most."""
+    """(student (K, L), expert (K, L), [names of the K rows]) of features (L, E): emotions, if the
+    expert's file names them, the contour, ten events, else the dimensions that vary most."""
     rows, names = slice(None), []
     if task == "affect" and expert.readout:
         z_hat, z = (expert.readout(x).softmax(1) for x in (z_hat, z))
@@ -661,8 +660,7 @@ def frames(args):
     """How much of their experts the heads reconstruct: of clips as a whole, and of their course.
 
     clips: of each clip its mean feature. course: what that leaves of each frame. Both without what
-    all clips share at a frame's place; squared errors over the expert's variance: 0 is the expert,
-    1 knows nothing of the clip."""
+    all clips share at a frame's place; as shares of the expert's variance that are missed."""
     source = open_source(args.data)
     coat, experts, heads = load_heads(args)
     found = [reconstruct(coat, experts, heads, source.load(i)) for i in with_audio(source)]
@@ -804,7 +802,7 @@ def linear_probe(x, labels, groups):
 
 
 def plot_probes(results, args):
-    """Accuracy over the checkpoints of each run, a level line for other models (figure 3)."""
+    """Accuracy over checkpoints, a level line for other models (figure 3)."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 3.2), dpi=90, layout="constrained")
     for axis, position in zip(figure.subplots(1, 2, sharey=True), ("think", "pre-gen")):
@@ -828,8 +826,7 @@ def compare(args):
     """Results of runs and backbones by what they were trained with, over seeds (table 4).
 
     With 95 % intervals by Student's t, and the difference to the first arm over the seeds that both
-    have; a backbone stands beside all. A run counts with its heldout.json, a predictions file of
-    `score` with its answers."""
+    have. A run counts with its heldout.json, a predictions file of `score` with its answers."""
     results = []
     for path in args.runs:
         try:
@@ -933,24 +930,22 @@ def described(flags):
 
 
 def plot_arms(found, path):
-    """Accuracy against the number at the end of the name of the data, one picture a question.
-
-    found   {(data, question): {arm: {seed: value}}}"""
+    """Accuracy against the number that ends the data's name. found: as in `compare`."""
     from matplotlib.figure import Figure
     numbered = {key: int(number[0]) for key in found if (number := re.search(r"\d+$", key[0]))}
     questions = list(dict.fromkeys(question for _, question in numbered))
     if not questions:
-        raise InputError("--plot needs data whose names end in numbers, such as tones:note:28")
+        raise InputError("--plot needs data that end in a number, such as tones:note:28")
     arms = list(dict.fromkeys(arm for seeds in found.values() for arm in seeds))
     figure = Figure(figsize=(1 + 4 * len(questions), 3.5), dpi=90, layout="constrained")
     for axis, question in zip(figure.subplots(1, len(questions), squeeze=False)[0], questions):
         for k, arm in enumerate(arms):
-            points = sorted((number, *mean_interval([*found[key][arm].values()]))
-                            for key, number in numbered.items()
-                            if key[1] == question and arm in found[key])
+            keys = [key for key in numbered if key[1] == question and arm in found[key]]
+            points = sorted((numbered[key], *mean_interval([*found[key][arm].values()]))
+                            for key in keys)
             if points:
                 numbers, values, halves = np.transpose(points)
-                apart = 1.04 ** k    # so that intervals do not hide each other
+                apart = 1.04 ** k    # so that none hides another
                 axis.errorbar(numbers * apart, values, halves, marker="o", markersize=3,
                               color=f"C{k}", label=arm)
         axis.set(xscale="log", xlabel="labelled clips", ylabel="right answers, %", title=question)
