@@ -39,7 +39,6 @@ from types import SimpleNamespace
 
 import datasets
 import filelock
-import jiwer
 import numpy as np
 import peft
 import pytest
@@ -1723,17 +1722,6 @@ def spoken(response, answer, **more):
     return {"row": 0, "task": "asr", "response": response, "answer": answer} | more
 
 
-def test_word_error_rate_is_that_of_jiwer():
-    rng = np.random.default_rng(0)
-    words = ["don't", "Colour", "two", "cat", "the"]
-    pairs = [[" ".join(rng.choice(words, n)) for n in rng.integers(1, 6, 2)] for _ in range(40)]
-    english, _ = infer.normalisers()
-    theirs = jiwer.wer(*([english(text) for text in side] for side in zip(*pairs)))
-    wer, = infer.measure([spoken(*pair) for pair in pairs] + [spoken("<NOISE>", "x")])
-    assert wer["value"] == pytest.approx(theirs) and (wer["rows"], wer["left_out"]) == (40, 1)
-    assert wer["low"] < wer["value"] < wer["high"]
-
-
 @pytest.mark.parametrize("response, answer, rate, more", [
     ("the colour", "The color.", 0, {}), ("don’t", "do not", 0, {}), ("uh", "the cat", 2, {}),
     ("今天天气很好", "今天天气真好", 1 / 6, {}), ("ไปไหน", "ไปไหม", 1 / 5, {}),
@@ -1876,17 +1864,6 @@ def test_score_asks_for_reasoning_and_keeps_the_whole_text(lettered, tmp_path, m
     assert {line["question"] for line in predictions(out)} == {"Is it? A. yes B. no"}
 
 
-def test_score_reasons_with_the_adapter_of_audio_flamingo_3(hub, text_think, lettered, tmp_path):
-    name = "audio-flamingo-3"
-    out = tmp_path / "out"
-    run("infer.py", "score", name, lettered, "--out", out, *SCORE, "--device", "cpu",
-        "--model-path", hub[name], "--text-think", text_think.folder)
-    prompts = [row["prompt"] + BACKBONES[name].text_think for row in read_lines(lettered)]
-    coat = model.load_text_think(name, text_think.folder, hub[name])
-    said = coat.generate(build_inputs(coat, [None] * 4, prompts, think=False), 4)
-    assert [line["text"] for line in predictions(out)] == said
-
-
 @pytest.mark.parametrize("more, words", [
     (["--max-new-tokens", 5], "max_new_tokens was 4, now 5"), (["--no-think"], "no_think was False")])
 def test_score_refuses_the_file_of_another_run(scored, more, words):
@@ -1894,13 +1871,6 @@ def test_score_refuses_the_file_of_another_run(scored, more, words):
     assert words in scored.again(scored.out, *more, fails=True)
     assert "data was" in scored.again(scored.out, rows="tones:note", fails=True)
     assert scored.out.read_text() == before
-
-
-@pytest.mark.parametrize("text", ["no JSON\n", "5\n", "notes", '{"run": {}}\n', '{"a": 1}\n5\n'])
-def test_file_that_is_none_of_its_predictions_is_left_as_it_is(scored, tmp_path, text):
-    path = write(tmp_path / "other", text)
-    assert "other" in scored.again(path, fails=True)
-    assert open(path).read() == text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1919,11 +1889,10 @@ def test_judge_is_sent_figure_a_as_the_paper_sends_it(judged):
     with judge(["Rating: 4"] * 3) as (url, seen):
         judged("--judge", url)
     path, key, body = seen[0]
-    assert path == "/v1/chat/completions" and key == "Bearer secret"
-    assert body["model"] == "gpt-4o-2024-11-20"
-    assert (body["temperature"], body["max_tokens"]) == (0, 1024)
-    message, = body["messages"]
-    assert message["role"] == "user" and message["content"].startswith("[Question]\nSay ")
+    message, = body.pop("messages")
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret")
+    assert body == {"model": "gpt-4o-2024-11-20", "temperature": 0, "max_tokens": 1024}
+    assert message["content"].startswith("[Question]\nSay ") and message["role"] == "user"
     assert "\n\n[Reference Answer]\nIt is " in message["content"]
     assert message["content"].endswith("\nRating: (int)")
 
@@ -1957,8 +1926,7 @@ def test_judge_that_fails_is_one_line_without_the_key(rate, reply):
 
 def test_rating_does_not_hold_the_key_that_a_judge_repeats(rate):
     with judge(["You are sk-secret. Rating: 4"]) as (url, seen):
-        rating = rate(url)
-    assert rating["rating"] == 4 and rating["reply"] == "You are ***. Rating: 4"
+        assert rate(url)["reply"] == "You are ***. Rating: 4"
     assert "[Question]\nName a {fruit}.\n" in seen[0][2]["messages"][0]["content"]
 
 
@@ -1995,21 +1963,6 @@ def test_frames_tell_a_clip_from_its_course():
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_frames_are_those_of_show(trained, tmp_path):
-    clips = [trained.clip, HERE / "assets/clips/cow.flac"]
-    path = write_lines(tmp_path / "rows.jsonl", [
-        {"audio": str(clip), "prompt": "Which?", "response": "A"}
-        for clip in (*clips, tmp_path / "none.wav")])
-    found = last_json(run("infer.py", "frames", trained.folder, "--data", path))
-    assert found["clips"] == 2 and list(found["results"]) == ["recon", "pitch"]
-    shown = [last_json(run("infer.py", "show", trained.folder, clip, "--question", "Which?",
-                           "--out", tmp_path / "show.png"))["pitch_recall"] for clip in clips]
-    np.testing.assert_allclose(found["results"]["pitch"]["recall"],
-                               np.mean([recall for recall in shown if recall is not None]))
-    assert "two or more" in run("infer.py", "frames", trained.folder, "--data", "tones:note:1",
-                                fails=True)
-
-
 @pytest.mark.parametrize("command", [["show", "CLIP"], ["frames", "--data", "tones:note:3"]])
 def test_head_that_gives_nan_is_named_and_no_number(trained, tmp_path, command):
     copy = shutil.copytree(trained.folder, tmp_path / "run")
@@ -2027,12 +1980,9 @@ def test_pitch_recall_shows_a_head_that_collapses_to_all_zero():
     assert infer.pitch_recall(z, z, pitch) is None    # the expert hears no pitch
     heard = z.clone()
     heard[1:3, 40] = 2.0
-    assert infer.pitch_recall(z, heard, pitch) == 0
-    assert infer.pitch_recall(heard, heard, pitch) == 1
-    half = heard.clone()
-    half[1, 40] = -2.0
-    half[:, 100:] = 2.0    # what the expert does not hear is not asked for
-    assert infer.pitch_recall(half, heard, pitch) == 0.5
+    half = z.clone()
+    half[1, 40:] = 2.0    # what the expert does not hear is not asked for
+    assert [infer.pitch_recall(x, heard, pitch) for x in (z, half, heard)] == [0, 0.5, 1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2147,13 +2097,6 @@ def test_arm_of_a_run_is_named_by_its_flags(changes, arm):
     flags = {"no_think": False, "stage": ["3:all"], "head": "transformer", "focal_gamma": 2.0,
              "w_pitch_aux": 1.0, "data": ["/x/music-48-7.jsonl"], "seed": 7}
     assert infer.described(flags | changes) == {"arm": arm, "data": "music-48", "seed": 7}
-
-
-@pytest.mark.parametrize("content", ["{}\n", "5\n", "["])
-def test_compare_refuses_what_is_no_result_or_comes_twice(trained, tmp_path, content):
-    path = write(tmp_path / "results.jsonl", content)
-    assert "has results" in run("infer.py", "compare", path, fails=True)
-    assert "comes twice" in run("infer.py", "compare", trained.folder, trained.folder, fails=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2360,13 +2303,6 @@ def test_error_ends_a_program_in_one_line_without_traceback(bad_clips):
     assert done.returncode == 1 and not done.stdout
     line, = done.stderr.splitlines()
     assert line.startswith("error: ") and "text.wav" in line
-
-
-def test_out_of_memory_is_one_line_with_the_flags_that_need_less(monkeypatch):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 1 GiB.")
-    monkeypatch.setattr(data, "open_source", unittest.mock.Mock(side_effect=error))
-    line = run("train.py", *QUICK, fails=True)
-    assert re.fullmatch("error: no memory left .CUDA out of memory.*--micro-tokens 2048.*", line)
 
 
 @pytest.mark.parametrize("program, flags, words", [
