@@ -39,7 +39,6 @@ from types import SimpleNamespace
 
 import datasets
 import filelock
-import jiwer
 import numpy as np
 import peft
 import pytest
@@ -61,7 +60,7 @@ import model
 from data import (Manifest, Mixture, Rows, Tones, at_rate, collate, open_source, plan_stage,
                   read_audio)
 from experts import (EXPERTS, TOKEN_RATE, Affect, Expert, Pitch, SoundEvents, SpeechUnits, load,
-                     load_experts, resample_frames)
+                     resample_frames)
 from model import (BACKBONES, IGNORE, THINK, THINK_END, THINK_START, InputError, TooLong,
                    build_inputs, load_coat, n_audio_tokens, render_prompt)
 
@@ -567,15 +566,6 @@ def test_no_constant_answer_costs_less_than_the_best(loss, power):
         assert (loss((best + step).expand_as(target), target).mean(0) > least).all()
 
 
-def test_only_the_heads_with_targets_run_and_learn(two_heads):
-    expert_heads, h, valid, targets = two_heads
-    losses = expert_heads(h, valid, {"recon": targets["recon"]})
-    assert list(losses) == ["recon"]
-    losses["recon"].backward()
-    assert expert_heads["recon"].out.weight.grad.any()
-    assert all(p.grad is None for p in expert_heads["pitch"].parameters())
-
-
 def test_padded_batch_costs_what_its_clips_cost(two_heads):
     expert_heads, h, valid, targets = two_heads
     torch.nn.init.normal_(expert_heads["pitch"].out.weight)
@@ -592,20 +582,15 @@ def test_padded_batch_costs_what_its_clips_cost(two_heads):
 def test_batch_without_audio_gives_every_head_a_gradient_of_zero(two_heads):
     """Of zero, not none: the ranks wait for each other's gradients."""
     expert_heads, h, valid, targets = two_heads
-    targets = {task: z[:, :1] for task, z in targets.items()}
-    losses = expert_heads(h[:, :1], torch.zeros_like(valid[:, :1]), targets)
-    sum(losses.values()).backward()
+    sum(expert_heads(h, torch.zeros_like(valid), targets).values()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in expert_heads.parameters())
 
 
-def test_losses_are_fp32_under_autocast_and_scales_are_saved_with_the_heads(two_heads):
+def test_losses_are_summed_in_fp32_under_autocast(two_heads):
     expert_heads, *batch = two_heads
     with torch.autocast("cpu", torch.bfloat16):
         losses = expert_heads(*batch)
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    names = set(expert_heads.state_dict())
-    assert {"recon_scale", "pitch_scale", "pitch_aux_scale", "pitch.out.weight"} < names
-    assert not any("readout" in name for name in names)
 
 
 def test_features_that_are_not_finite_give_no_scale(two_heads):
@@ -700,26 +685,14 @@ def test_random_experts_are_loud_and_always_the_same(shipped, monkeypatch):
     EXPERTS["affect"] = Affect    # until `shipped` ends
     monkeypatch.setattr(Affect, "__init__", functools.partialmethod(Affect.__init__, **TINY))
     with pytest.warns(UserWarning, match="affect: RANDOM WEIGHTS"):
-        first = load("affect", random=True)
-        second = load("affect", random=True)
-    assert torch.equal(first(audio(16000, 0.5)), second(audio(16000, 0.5)))
+        first, second = [load("affect", random=True)(audio(16000, 0.5)) for _ in range(2)]
+    assert torch.equal(first, second)
 
 
-def test_emotion_head_of_a_plus_file_is_kept_and_read_out():
-    weights = official(Affect, **TINY) | {"proj.weight": torch.randn(9, 256),
-                                          "proj.bias": torch.zeros(9)}
-    plus = Affect.from_state_dict({"model": weights})
-    z = torch.randn(4, 256)
-    assert_close(plus.readout(z), z @ weights["proj.weight"].T)
+def test_emotion_head_of_a_plus_file_is_kept():
+    plus = Affect.from_state_dict(official(Affect, emotions=9, **TINY))
+    assert plus.readout(torch.randn(4, 256)).shape == (4, len(plus.EMOTIONS))
     assert an_expert("affect").readout is SpeechUnits.readout is None
-
-
-def test_recon_is_an_expert_like_the_others():
-    some = load_experts(["recon", "pitch"], d=6)
-    batch = {"n_audio": torch.tensor([5, 0]), "waves": {22050: [chord()[:4410], None]}}
-    x = torch.randn(2, 5, some["recon"].dim)
-    targets = data.expert_targets(some, batch, x)
-    assert targets["recon"] is x and targets["pitch"].shape == (2, 5, 2112)
 
 
 def test_sixth_expert_is_one_class_and_one_row(monkeypatch, tmp_path):
@@ -797,7 +770,7 @@ def test_length_that_no_header_states_is_counted(tmp_path, name):
 
 BAD_CLIPS = {    # file: what the message must say
     "missing.wav": "no file", "empty.wav": "cannot decode", "text.wav": "ffmpeg -i",
-    "x.raw": "cannot decode", "talk.sph": "NIST. is cut off, joined, or cannot show",
+    "x.raw": "cannot decode", "talk.sph": "NIST. is cut off or joined, or its kind",
     "zero_samples.wav": "no samples", "short.wav": "0.02 s", "long.wav": "121.00 s",
     "nan.wav": "up to nan", "huge.wav": "up to 1e", "int16.wav": "up to 9830; divide integers",
 }
@@ -849,16 +822,6 @@ def test_row_that_cannot_be_used_gives_one_line_with_its_number(tmp_path, line, 
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("name, words", [
-    ("none.jsonl", "neither a file .*mmau"), ("empty.jsonl", "no rows"), ("a.parquet", "convert"),
-    (".", "convert"), ("tones:xyz", "give tones"), ("tones:note:5:5", "give tones")])
-def test_source_that_does_not_exist_is_refused(tmp_path, monkeypatch, name, words):
-    monkeypatch.chdir(tmp_path)
-    write("empty.jsonl", "\n")
-    with pytest.raises(InputError, match=words):
-        open_source(name)
-
-
 def test_tasks_are_read_in_any_case_and_unknown_ones_named(tmp_path):
     rows = [ROW | {"task": task, "seconds": 1} for task in ("ASR", " asr ", "Poetry")]
     source = Manifest(write_lines(tmp_path / "rows.jsonl", rows))
@@ -878,15 +841,6 @@ def test_answers_about_tones_are_balanced_and_splits_differ():
         assert min(counts) > 0 and max(counts) < 2.2 * len(given) / len(counts)
     assert torch.equal(source.load(7)["wave"], Tones("train", 9).load(7)["wave"])
     assert not torch.equal(source.load(7)["wave"][:99], Tones("heldout", 9).load(7)["wave"][:99])
-
-
-@pytest.mark.parametrize("text, rows, tasks", [
-    ("tones", 360, 6), ("tones:note", 60, 1), ("tones:note,louder:5", 10, 2), ("tones::5", 30, 6),
-    ("tones:semitone", 60, 1)])    # that one by name alone
-def test_synthetic_tones_are_a_source_by_name(text, rows, tasks):
-    source = open_source(text)
-    assert len(source) == rows and len({source.load(i)["task"] for i in range(10)}) == tasks
-    assert len(open_source(text.rstrip(":5"), 7)) == 7    # for training the trainer counts them
 
 
 def test_few_labels_are_half_of_a_stage_and_the_rest_only_listens():
@@ -946,16 +900,6 @@ def test_batch_without_audio_has_one_masked_frame_and_targets_of_zero(tiny):
     targets = data.expert_targets({"pitch": an_expert("pitch")}, batch)
     assert targets["pitch"].shape == (2, 1, 8 * 264) and not targets["pitch"].any()
     assert tiny(batch).valid.tolist() == [[False], [False]]
-
-
-def test_micro_batch_has_at_most_its_tokens_or_one_row(tiny):
-    row = {"rate": 16000, "prompt": "?", "response": "x"}
-    rows = [row | {"row": i, "wave": noise(0.3 + i % 7)} for i in range(20)]
-    batches, skipped = collate(rows, tiny.spec, micro_tokens=400)
-    found = [found["row"] for batch in batches for found in batch["rows"]]
-    assert sorted(found) == list(range(20)) and not skipped
-    assert all(b["input_ids"].numel() <= 400 or len(b["rows"]) == 1 for b in batches)
-    assert {len(b["rows"]) for b in batches} > {1} and len(batches) < 20
 
 
 def test_targets_are_made_clip_by_clip(tiny):
@@ -1061,10 +1005,9 @@ def test_unusable_rows_are_never_drawn_and_a_group_of_them_leaves_its_share(mixt
 
 
 @pytest.mark.parametrize("old, new", [
-    ("3,", "3"), *[('"share": 3', f'"share": {share}') for share in ("0", '"a"', "[3]", "NaN")],
-    ('"share": 3', '"shares": 3'), ('["c.jsonl"]', "[]"), ('"text"', '"asr"'), ('"c.jsonl"', "3"),
-    ('"max_epochs": 4', '"epochs": 4'), ('"max_epochs": 4', '"max_epochs": 0'),
-    ('"share": 2', '"share": 2, "draw": "alike"'), ('"c.jsonl"', '"no.jsonl"'), (MIXTURE, "[]")])
+    ("3,", "3"), ('"share": 3', '"share": 0'), ('"share": 3', '"shares": 3'), ('"c.jsonl"', "3"),
+    ('["c.jsonl"]', "[]"), ('"text"', '"asr"'), ('"max_epochs": 4', '"max_epochs": 0'),
+    ('"share": 2', '"share": 2, "draw": "alike"'), ('"c.jsonl"', '"no.jsonl"')])
 def test_bad_mixture_is_refused(mixture, old, new):
     write(mixture.path, MIXTURE.replace(old, new, 1))
     with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
@@ -1366,35 +1309,32 @@ def test_any_table_is_read_by_the_names_of_its_columns(table, capsys, flags, pro
     assert len(rows) == (1 if audio else 2)
 
 
-def test_columns_are_taken_by_their_literal_names_choices_and_further_keys_too(tmp_path, capsys):
-    lay_out(tmp_path / "t", {"1.wav": "", "2.wav": "", "t.csv": (
-        "wav,wav.path,a[0],{q},c,wave\n1.wav,2.wav,1,Why?,x|y,9\n1.wav,2.wav,z,Why?,x|y,9\n")})
-    rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv", audio="wav.path", prompt="{q}",
-                           response="a[0]", choices="c", keep=["c", "wave"])
-    assert rows == [{"audio": str(tmp_path / "t/2.wav"), "prompt": "Why? A. x B. y", "c": "x|y",
-                     "response": "B. y", "task": "mcq", "choices": ["x", "y"], "wave_": "9"}]
-    assert counts == "csv: 1 rows, 1 left out, 1 an answer that is none of the choices"
-
-
 @pytest.mark.parametrize("flags", [{}, {"audio": "file name"}, {"task": "asr"},
                                    {"audio": "file name", "task": "asr", "choices": "q"}])
 def test_table_that_would_give_no_prompt_is_refused(table, capsys, flags):
     with pytest.raises(InputError, match="give --prompt or --question"):
         convert(capsys, "csv", table, response="a", **flags)
-    with pytest.raises(InputError, match="no column 'wrong'"):
-        convert(capsys, "csv", table, prompt="q", response="wrong")
+
+
+def test_choices_and_further_keys_are_columns_of_any_name(tmp_path, capsys):
+    lay_out(tmp_path / "t", {"t.csv": "{q},a[0],c.d,wave\nWhy?,1,x|y,9\nWhy?,z,x|y,9\n"})
+    rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv", prompt="{q}", response="a[0]",
+                           choices="c.d", keep=["c.d", "wave"])
+    assert rows == [{"audio": None, "prompt": "Why? A. x B. y", "response": "B. y", "task": "mcq",
+                     "choices": ["x", "y"], "c.d": "x|y", "wave_": "9"}]
+    assert counts == "csv: 1 rows, 1 left out, 1 an answer that is none of the choices"
 
 
 def test_columns_of_the_usual_names_need_no_flag_and_what_is_no_text_is_counted(tmp_path, capsys):
     lay_out(tmp_path / "t", {"t.csv": 'prompt,response\nWhy?,Hello, world\nWhy?,"Hello, world"\n'})
     rows, counts = convert(capsys, "csv", tmp_path / "t/t.csv")
     assert [row["response"] for row in rows] == ["Hello, world"]
-    assert "1 left out, 1 with no text where one belongs, or with commas" in counts
+    assert "1 left out, 1 no text where one belongs, or commas" in counts
     items = [{"prompt": "?", "response": a} for a in (["x"], {"b": "c"}, 3, "\ud800")]
     write_lines(tmp_path / "t/t.jsonl", items)
     rows, counts = convert(capsys, "json", tmp_path / "t/t.jsonl")
     assert [row["response"] for row in rows] == ["3"]
-    assert "2 with no text where one belongs" in counts and "surrogates" in counts
+    assert "2 no text where one belongs" in counts and "surrogates" in counts
 
 
 @pytest.mark.parametrize("there, named, found", [
@@ -1452,8 +1392,7 @@ TEXT = {"type": "text", "text": "Why?"}
     conversation([TEXT, {"type": "audio", "audio_url": "1.wav"}], [TEXT | {"text": "x"}]),
     conversation([{"type": "audio"}, TEXT], "x", audios=["1.wav"]),
     {"sound": "1.wav", "id": "7", "conversations": [    # Audio Flamingo 3
-        {"from": "human", "value": "<sound>\nWhy?"}, {"from": "gpt", "value": "x"}]},
-    {"query": "<|AUDIO|>Why?", "response": "x", "audios": ["1.wav"], "history": []}])
+        {"from": "human", "value": "<sound>\nWhy?"}, {"from": "gpt", "value": "x"}]}])
 def test_conversations_of_other_projects_become_rows(tmp_path, capsys, item):
     items = [item, conversation("Say yes.", "Yes.")]
     lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
@@ -1476,7 +1415,7 @@ def test_conversations_of_other_projects_become_rows(tmp_path, capsys, item):
     *[(item, "not of one question and one answer") for item in (
         conversation("Why?", "x", system="Be kind."), conversation("Why?"),
         {"messages": ["a", "b"]}, {"messages": conversation("Why?", "x")["messages"][::-1]},
-        {"query": "Why?", "response": "x", "history": [["a", "b"]]})]])
+        conversation("Why?", "x", history=[["a", "b"]]))]])
 def test_conversations_that_are_no_row_are_left_out_and_counted(tmp_path, capsys, item, reason):
     items = [item, conversation("Say yes.", "Yes.")]
     lay_out(tmp_path / "t", {"1.wav": "", "t.jsonl": "\n".join(map(json.dumps, items))})
@@ -1493,10 +1432,7 @@ def test_training_learns_to_hear_and_another_clip_brings_it_back_to_chance(train
         assert deviations(result["other_clip"], result["chance"]) < 3, result
     ce = logged(trained.folder, "ce")
     assert np.mean(ce[-10:]) < np.mean(ce[:3]) / 3
-
-
-def test_command_that_training_ends_with_works(trained):
-    command = re.search("python infer.py (ask .*)", trained.printed)[1]
+    command = re.search("python infer.py (ask .*)", trained.printed)[1]    # its last words
     assert run("infer.py", *shlex.split(command)).strip()
 
 
@@ -1786,17 +1722,6 @@ def spoken(response, answer, **more):
     return {"row": 0, "task": "asr", "response": response, "answer": answer} | more
 
 
-def test_word_error_rate_is_that_of_jiwer():
-    rng = np.random.default_rng(0)
-    words = ["don't", "Colour", "two", "cat", "the"]
-    pairs = [[" ".join(rng.choice(words, n)) for n in rng.integers(1, 6, 2)] for _ in range(40)]
-    english, _ = infer.normalisers()
-    theirs = jiwer.wer(*([english(text) for text in side] for side in zip(*pairs)))
-    wer, = infer.measure([spoken(*pair) for pair in pairs] + [spoken("<NOISE>", "x")])
-    assert wer["value"] == pytest.approx(theirs) and (wer["rows"], wer["left_out"]) == (40, 1)
-    assert wer["low"] < wer["value"] < wer["high"]
-
-
 @pytest.mark.parametrize("response, answer, rate, more", [
     ("the colour", "The color.", 0, {}), ("don’t", "do not", 0, {}), ("uh", "the cat", 2, {}),
     ("今天天气很好", "今天天气真好", 1 / 6, {}), ("ไปไหน", "ไปไหม", 1 / 5, {}),
@@ -1939,17 +1864,6 @@ def test_score_asks_for_reasoning_and_keeps_the_whole_text(lettered, tmp_path, m
     assert {line["question"] for line in predictions(out)} == {"Is it? A. yes B. no"}
 
 
-def test_score_reasons_with_the_adapter_of_audio_flamingo_3(hub, text_think, lettered, tmp_path):
-    name = "audio-flamingo-3"
-    out = tmp_path / "out"
-    run("infer.py", "score", name, lettered, "--out", out, *SCORE, "--device", "cpu",
-        "--model-path", hub[name], "--text-think", text_think.folder)
-    prompts = [row["prompt"] + BACKBONES[name].text_think for row in read_lines(lettered)]
-    coat = model.load_text_think(name, text_think.folder, hub[name])
-    said = coat.generate(build_inputs(coat, [None] * 4, prompts, think=False), 4)
-    assert [line["text"] for line in predictions(out)] == said
-
-
 @pytest.mark.parametrize("more, words", [
     (["--max-new-tokens", 5], "max_new_tokens was 4, now 5"), (["--no-think"], "no_think was False")])
 def test_score_refuses_the_file_of_another_run(scored, more, words):
@@ -1957,13 +1871,6 @@ def test_score_refuses_the_file_of_another_run(scored, more, words):
     assert words in scored.again(scored.out, *more, fails=True)
     assert "data was" in scored.again(scored.out, rows="tones:note", fails=True)
     assert scored.out.read_text() == before
-
-
-@pytest.mark.parametrize("text", ["no JSON\n", "5\n", "notes", '{"run": {}}\n', '{"a": 1}\n5\n'])
-def test_file_that_is_none_of_its_predictions_is_left_as_it_is(scored, tmp_path, text):
-    path = write(tmp_path / "other", text)
-    assert "other" in scored.again(path, fails=True)
-    assert open(path).read() == text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1982,11 +1889,10 @@ def test_judge_is_sent_figure_a_as_the_paper_sends_it(judged):
     with judge(["Rating: 4"] * 3) as (url, seen):
         judged("--judge", url)
     path, key, body = seen[0]
-    assert path == "/v1/chat/completions" and key == "Bearer secret"
-    assert body["model"] == "gpt-4o-2024-11-20"
-    assert (body["temperature"], body["max_tokens"]) == (0, 1024)
-    message, = body["messages"]
-    assert message["role"] == "user" and message["content"].startswith("[Question]\nSay ")
+    message, = body.pop("messages")
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret")
+    assert body == {"model": "gpt-4o-2024-11-20", "temperature": 0, "max_tokens": 1024}
+    assert message["content"].startswith("[Question]\nSay ") and message["role"] == "user"
     assert "\n\n[Reference Answer]\nIt is " in message["content"]
     assert message["content"].endswith("\nRating: (int)")
 
@@ -2020,8 +1926,7 @@ def test_judge_that_fails_is_one_line_without_the_key(rate, reply):
 
 def test_rating_does_not_hold_the_key_that_a_judge_repeats(rate):
     with judge(["You are sk-secret. Rating: 4"]) as (url, seen):
-        rating = rate(url)
-    assert rating["rating"] == 4 and rating["reply"] == "You are ***. Rating: 4"
+        assert rate(url)["reply"] == "You are ***. Rating: 4"
     assert "[Question]\nName a {fruit}.\n" in seen[0][2]["messages"][0]["content"]
 
 
@@ -2058,21 +1963,6 @@ def test_frames_tell_a_clip_from_its_course():
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_frames_are_those_of_show(trained, tmp_path):
-    clips = [trained.clip, HERE / "assets/clips/cow.flac"]
-    path = write_lines(tmp_path / "rows.jsonl", [
-        {"audio": str(clip), "prompt": "Which?", "response": "A"}
-        for clip in (*clips, tmp_path / "none.wav")])
-    found = last_json(run("infer.py", "frames", trained.folder, "--data", path))
-    assert found["clips"] == 2 and list(found["results"]) == ["recon", "pitch"]
-    shown = [last_json(run("infer.py", "show", trained.folder, clip, "--question", "Which?",
-                           "--out", tmp_path / "show.png"))["pitch_recall"] for clip in clips]
-    np.testing.assert_allclose(found["results"]["pitch"]["recall"],
-                               np.mean([recall for recall in shown if recall is not None]))
-    assert "two or more" in run("infer.py", "frames", trained.folder, "--data", "tones:note:1",
-                                fails=True)
-
-
 @pytest.mark.parametrize("command", [["show", "CLIP"], ["frames", "--data", "tones:note:3"]])
 def test_head_that_gives_nan_is_named_and_no_number(trained, tmp_path, command):
     copy = shutil.copytree(trained.folder, tmp_path / "run")
@@ -2090,12 +1980,9 @@ def test_pitch_recall_shows_a_head_that_collapses_to_all_zero():
     assert infer.pitch_recall(z, z, pitch) is None    # the expert hears no pitch
     heard = z.clone()
     heard[1:3, 40] = 2.0
-    assert infer.pitch_recall(z, heard, pitch) == 0
-    assert infer.pitch_recall(heard, heard, pitch) == 1
-    half = heard.clone()
-    half[1, 40] = -2.0
-    half[:, 100:] = 2.0    # what the expert does not hear is not asked for
-    assert infer.pitch_recall(half, heard, pitch) == 0.5
+    half = z.clone()
+    half[1, 40:] = 2.0    # what the expert does not hear is not asked for
+    assert [infer.pitch_recall(x, heard, pitch) for x in (z, half, heard)] == [0, 0.5, 1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2212,13 +2099,6 @@ def test_arm_of_a_run_is_named_by_its_flags(changes, arm):
     assert infer.described(flags | changes) == {"arm": arm, "data": "music-48", "seed": 7}
 
 
-@pytest.mark.parametrize("content", ["{}\n", "5\n", "["])
-def test_compare_refuses_what_is_no_result_or_comes_twice(trained, tmp_path, content):
-    path = write(tmp_path / "results.jsonl", content)
-    assert "has results" in run("infer.py", "compare", path, fails=True)
-    assert "comes twice" in run("infer.py", "compare", trained.folder, trained.folder, fails=True)
-
-
 # --------------------------------------------------------------------------------------------------
 # bench.py
 
@@ -2230,10 +2110,8 @@ def bench_of_rows(path, *args):
 
 def test_bench_of_noise_counts_tokens_and_says_what_transformers_says():
     by = {line["arm"]: line for line in bench("latency", "--seconds", 1, "--seeds", 1)["rows"]}
-    added = by["CoAT"]["prompt"][0] - by["base"]["prompt"][0]
-    assert added == by["CoAT"]["block"][0] == 25 + 2
-    decoded = {arm: line["decoded"][0] for arm, line in by.items()}
-    assert decoded == {"base": 20, "CoAT": 20, "text-CoT": 120, "generate": 20}
+    assert by["CoAT"]["prompt"][0] - by["base"]["prompt"][0] == by["CoAT"]["block"][0] == 25 + 2
+    assert [line["decoded"][0] for line in by.values()] == [20, 20, 120, 20]
     assert by["generate"]["same_ids"] == 1
 
 
@@ -2427,13 +2305,6 @@ def test_error_ends_a_program_in_one_line_without_traceback(bad_clips):
     assert line.startswith("error: ") and "text.wav" in line
 
 
-def test_out_of_memory_is_one_line_with_the_flags_that_need_less(monkeypatch):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 1 GiB.")
-    monkeypatch.setattr(data, "open_source", unittest.mock.Mock(side_effect=error))
-    line = run("train.py", *QUICK, fails=True)
-    assert re.fullmatch("error: no memory left .CUDA out of memory.*--micro-tokens 2048.*", line)
-
-
 @pytest.mark.parametrize("program, flags, words", [
     ("train.py", "--nonsense", "unrecognized arguments: --nonsense"),
     ("train.py", "--backbone gpt", "gpt"), ("train.py", "--resume nowhere", "nowhere"),
@@ -2506,15 +2377,16 @@ def test_step_that_will_not_fit_in_memory_ends_a_run_before_its_first(tmp_path, 
     assert not (tmp_path / "log.jsonl").exists()
 
 
-def test_signal_to_all_processes_of_a_rank_saves_too(tmp_path):
-    process = start(train_in_a_group, tmp_path / "log", *QUICK, "--stage", "999:recon",
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_all_processes_of_a_rank_saves_and_the_run_goes_on(tmp_path, number):
+    process = start(train_in_a_group, tmp_path / "log", *QUICK, "--stage", "60:recon",
                     "--workers", 1, "--log-every", 3, "--out", tmp_path / "run")
     wait_for(process, "step 3/")
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     ended(process)
     step = logged(tmp_path / "run", "step")[-1]
-    assert 3 <= step < 999 and "go on with" in open(process.log).read()
-    assert os.path.exists(tmp_path / "run" / f"checkpoint-{step}" / "state.pt")
+    assert 3 <= step < 60 and "go on with" in open(process.log).read()
+    assert model.checkpoint_steps(tmp_path / "run") == [step]
 
 
 def test_killed_data_process_ends_the_run_in_one_line_with_a_save(tmp_path):
@@ -2539,27 +2411,6 @@ def test_steps_that_are_not_finite_are_left_out_and_five_in_a_row_end_the_run(tm
     assert logged(tmp_path)[1:] == [None] * (len(lost) - 1)
     state = torch.load(tmp_path / f"checkpoint-{len(lost)}/state.pt", weights_only=True)
     assert state["progress"]["lost"] == lost[-1]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_run_stopped_by_a_signal_saves_and_goes_on(tmp_path, monkeypatch, number):
-    save = torch.save
-
-    def stopping(*args):
-        save(*args)
-        os.kill(os.getpid(), number)
-
-    inherited = signal.signal(number, signal.SIG_DFL)    # SIGINT is ignored in a shell's background
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "save", stopping)
-            printed = run("train.py", *QUICK, "--stage", "4:recon", "--save-every", 2,
-                          "--out", tmp_path)
-    finally:
-        signal.signal(number, inherited)
-    assert "stopped after step 2; go on with" in printed
-    run("train.py", "--resume", tmp_path)
-    assert logged(tmp_path, "step") == [1, 2, 3, 4]
 
 
 def test_run_whose_output_nobody_reads_saves_and_goes_on(tmp_path):
@@ -2592,11 +2443,11 @@ def test_run_is_resumed_from_any_folder(finished, short_run, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--resume", "run", "--lr", 1], "--lr was 0.002 when the run began"),
+    (["--resume", "run", "--lr", 1], "--lr was 0.002 in that run"),
     (["--resume", "elsewhere"], "'elsewhere' is no run"),
     (["--out", "run"], "'run' holds a run"),
     (["--data", "rows.jsonl", "tones", "--stage", "1:recon"], "--data names 2 for 1 stages"),
-    (["--stage", "5"], "give STEPS:EXPERTS"), (["--stage", "5:reconn"], "there is no such expert"),
+    (["--stage", "5"], "give STEPS:EXPERTS"), (["--stage", "5:reconn"], "no such expert"),
     (["--stage", "5:recon=x"], "could not convert"), (["--stage", "0:recon"], "is not from 1"),
     (["--stage", "5:recon:nan"], "'nan' is not from"),
 ])
@@ -2633,23 +2484,20 @@ def test_folder_that_another_run_holds_is_refused(short_run, monkeypatch):
         assert "run/.lock" in run("train.py", "--resume", "run", fails=True)
 
 
-@pytest.mark.parametrize("name", ["state.pt", "heads.safetensors"])
-@pytest.mark.parametrize("content", [None, b"", b"{}" * 99, "nan"])
-def test_damaged_checkpoint_is_refused_in_one_line(short_run, name, content):
-    path = f"run/checkpoint-2/{name}"
-    if content == "nan" and name == "state.pt":
-        state = torch.load(path, weights_only=True)
-        state["optimizer"]["state"][0]["exp_avg"].fill_(math.nan)
-        torch.save(state, path)
-    elif content == "nan":
-        weights = safetensors.torch.load_file(path)
-        safetensors.torch.save_file({key: w * math.nan for key, w in weights.items()}, path)
-    else:
-        os.remove(path)
-        if content is not None:
-            write(path, content)
-    printed = run("train.py", "--resume", "run", fails=True)
-    assert printed.startswith("error: ")
+@pytest.mark.parametrize("name", ["state.pt", "heads.safetensors", "adapter_model.safetensors"])
+def test_damaged_file_of_a_checkpoint_is_refused_in_one_line(short_run, name):
+    write(f"run/checkpoint-2/{name}", b"{}" * 99)
+    assert run("train.py", "--resume", "run", fails=True).startswith("error: ")
+    os.remove(f"run/checkpoint-2/{name}")
+    assert "run/checkpoint-2" in run("train.py", "--resume", "run", fails=True)
+
+
+def test_state_that_is_not_finite_is_refused(short_run):
+    path = "run/checkpoint-2/state.pt"
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["state"][0]["exp_avg"].fill_(math.nan)
+    torch.save(state, path)
+    assert "holds NaN" in run("train.py", "--resume", "run", fails=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3314,6 +3162,7 @@ def two_ranks(log, *args, rank0=train):
 
 def train_in_a_group(*args):
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background ignores it
     train(*args)
 
 

@@ -22,6 +22,10 @@ import time
 from collections import Counter
 from typing import NamedTuple
 
+from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
+                   latest_checkpoint, load_coat, one_line_errors, read_json, to_device,
+                   usable_device, write_file)    # first: it names a library that does not import
+
 import numpy as np
 import safetensors.torch
 import soundfile
@@ -35,9 +39,6 @@ from data import (TONES, Rows, Tones, collate, expert_targets, fingerprint, idle
                   plan_stage)
 from experts import EXPERTS, load_experts
 from heads import heads_for, terms
-from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
-                   latest_checkpoint, load_coat, one_line_errors, read_json, to_device, usable_device,
-                   write_file)
 
 PAPER_STAGES = ["100000:recon", "100000:all"]    # section 3.4
 # 8 B weights leave little memory. Random weights know nothing worth keeping: tiny learns faster.
@@ -279,8 +280,7 @@ def build(args, tasks, device, checkpoint):
 
 
 def open_data(args, stages):
-    """([source of each stage], [(steps, rows) row numbers of each stage that are this rank's])."""
-    # They are a function of (seed, stage), so the step alone says where a run stands.
+    """([source of each stage], [(steps, rows) row numbers of each stage that are this rank's])"""
     n_rows = sum(stage.steps for stage in stages) * args.batch
     opened = {text: open_source(text, n_rows, args.seed) for text in args.data}
     sources = [opened[text] for text in args.data]
@@ -327,8 +327,7 @@ def calibrate(student, tasks, source, rows, collate_step, device):
 
 
 def rehearse(student, sources, plans, collate_step, device):
-    """The step with the longest row of the run, of which nothing is learned: what does not fit in
-    memory says so now, and not in a week."""
+    """The step with the longest row, without learning: what does not fit in memory says so now."""
     source, plan = max(zip(sources, plans), key=lambda of: of[0].lengths[of[1]].max())
     rows = plan[source.lengths[plan].max(1).argmax()]
     for batch in collate_step([Rows(source)[row] for row in rows.tolist()])[0]:
@@ -375,7 +374,7 @@ def load_progress(optimizer, checkpoint, device):
     state = torch.load(os.path.join(checkpoint, "state.pt"), map_location=device, weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     for p, moments in optimizer.state.items():
-        if not (p.isfinite() & moments["exp_avg"].isfinite()).all():
+        if not (p + moments["exp_avg"] + moments["exp_avg_sq"]).isfinite().all():
             raise InputError(f"'{checkpoint}' holds NaN; delete it to go on after the one before")
     return state["progress"]
 
