@@ -72,6 +72,11 @@ REAL = [name for name in BACKBONES if name != "tiny"]    # backbones
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
+def cases(name):
+    """A table of assets/reference: what goes in, what has to come out."""
+    return json.loads((HERE / f"assets/reference/{name}.json").read_text("utf-8"))
+
+
 # --------------------------------------------------------------------------------------------------
 # The method
 
@@ -1039,48 +1044,6 @@ def test_check_says_what_a_stage_draws_and_what_training_skips(mixture, tmp_path
 # data.py: benchmarks
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
-MMAR = ("Listen to the audio and answer the following multiple-choice question. Respond with only "
-        "the letter (A, B, C, or D) of the correct option.\nWhich?\nA. D\nB. A\n"
-        "The best answer is:")
-MMSU = ("Listen to the audio and answer the following question.\n\nQuestion: Which?\n\n"
-        "A. x\nB. y\nC. z\nD. {w}\n\nAnswer with the letter (A, B, C, or D) only.")
-ASR = "Please recognize the speech and only output the recognized content:"
-FOUR = {"question": "Which?", "choice_a": "x", "choice_b": "y", "choice_c": "z", "choice_d": "{w}"}
-AIR = "Which?\nA. x\nB. y\nC. None\nD. None\n" + LETTER
-BENCHMARKS = [    # name, columns beside the clip, prompt, response, limit of tokens, further keys
-    ("mmau", {"question": "Who?", "choices": '["Man", "Woman"]', "answer": "Woman"},
-     "Who?\nA. Man\nB. Woman" + LETTER, "B. Woman", 128, {"rule": "lmms-1"}),
-    ("mmar", {"question": "Which?", "choices": ["A. D", "B. A"], "answer": "A"},
-     MMAR, "A. D", 128, {"choices": ["D", "A"], "rule": "lmms-2"}),
-    ("mmsu", FOUR | {"answer": "D"}, MMSU, "D. {w}", 256, {"rule": "lmms-2"}),
-    ("clotho_aqa", {"question": "Rain?", "answer": "yes"},
-     "Rain?\nAnswer the question using a single word only. ", "yes", 8, {"task": "qa"}),
-    ("alpaca_audio", {"speech_instruction": "Name one.", "answer": "Mars."},
-     "\nPlease give a detail answer to the question in the audio.", "Mars.", 1024,
-     {"question": "Name one.", "task": "spoken_instruction"}),
-    ("wavcaps", {"instruction": "Describe {it}.", "answer": "Rain."}, "Describe {it}.", "Rain.",
-     1024, {"task": "caption"}),
-    *[(f"air_bench-{part}", FOUR | {"choice_c": None, "choice_d": None, "answer_gt": answer}, AIR,
-       response, 256, {"choices": ["x", "y"], "rule": "lmms-1"}) for part, answer, response in (
-           ("speech", "y", "B. y"), ("sound", "y", "B. y"), ("music", "neither", "neither"))],
-    ("vocalsound", {"answer": "Throat clearing", "spk_id": "f1"},
-     "Which vocal sound is it?\nA. Laughter\nB. Sniff\nC. Throat clearing\nD. Cough\nE. Sigh\n"
-     "F. Sneeze" + LETTER, "C. Throat clearing", 20, {"speaker": "f1", "prompt_is_ours": True}),
-    ("muchomusic", {"instruction": "Which instrument?", "choices": "(A) A guitar\n(B) Drums",
-                    "answer": "(B) Drums"},
-     "Which instrument?\n(A) A guitar\n(B) Drums" + LETTER[:-1] + ": ", "B. Drums", 256,
-     {"choices": ["A guitar", "Drums"], "rule": "lmms-1", "instrument_family": "percussion"}),
-    ("meld", {"answer": "joy"}, "Which emotion does the speaker express?\nA. neutral\nB. joy\n"
-     "C. sadness\nD. anger\nE. surprise\nF. fear\nG. disgust" + LETTER, "B. joy", 20,
-     {"prompt_is_ours": True}),
-    *[(name, {column: "HI"}, ASR, "HI", 256, {"wer": "whisper+basic"}) for name, column in (
-        ("librispeech-clean", "gt"), ("librispeech-other", "gt"), ("common_voice", "sentence"))],
-    ("gigaspeech", {"gt": "A <COMMA> <NOISE> B"}, ASR, "A <COMMA> B", 256, {"wer": "whisper"}),
-    ("voxpopuli", {"normalized_text": ""}, "Please transcribe the following audio in en.", "",
-     2048, {"wer": "rows"}),
-    ("spgispeech", {"text": "Hi."}, ASR, "Hi.", 512,
-     {"wer": "whisper+basic", "prompt_is_ours": True}),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -1097,7 +1060,7 @@ def parquet(path, *rows, column="audio"):
     return path
 
 
-@pytest.mark.parametrize("name, cells, prompt, response, limit, more", BENCHMARKS)
+@pytest.mark.parametrize("name, cells, prompt, response, limit, more", cases("benchmarks"))
 def test_benchmark_gives_the_prompt_reference_and_limit_of_lmms_eval(
         tmp_path, name, cells, prompt, response, limit, more):
     spec = data.BENCHMARKS[name]
@@ -1168,67 +1131,11 @@ def test_benchmark_is_asked_of_the_hub_in_its_revision_or_read_from_its_makers_f
 # --------------------------------------------------------------------------------------------------
 # data.py: corpora
 
-GIGASPEECH = {"audio/1.opus": "", "GigaSpeech.json": json.dumps({"audios": [
-    {"path": "audio/1.opus", "segments": [
-        {"text_tn": text, "begin_time": 1.0, "end_time": 3.5, "subsets": subsets}
-        for text, subsets in (("THEY'RE LEAVING <COMMA> CAN YOU <QUESTIONMARK>", ["{XL}", "{L}"]),
-                              ("<NOISE> <PERIOD>", ["{XL}"]), ("TEST", ["{TEST}"]))]}]})}
-STM = """;; "O" "Overall" "Overall"
-sw_4390 A sw_4390_A 0.00 3.10 <O,sw,M,sw-M> IGNORE_TIME_SEGMENT_IN_SCORING
-sw_4390 A sw_4390_A 3.10 5.35 <O,sw,M,sw-M> (%HESITATION) WELL I (TH-) THINK <B_ASIDE> SO
-sw_4390 B inter_segment_gap 0.00 5.35 <O,sw,F,sw-F>
-"""
-MS98 = """sw2001A-ms98-a-0001 0.000000 0.977625 [silence]
-sw2001A-ms98-a-0002 1.0 3.5 hi [laughter-i'd] like {coined} th[e]- [noise] [splace/space] a_1
-"""
-SEGMENT = {"start": 1.0, "end": 3.5, "seconds": 2.5}
-LIBRISQA = "LibriSpeech/train-clean-360/100/121669/100-121669-0000.flac"
-LIBRISQA_ITEMS = [{"speech_path": "x/100-121669-0000.wav", "duration": 15.65, "answer": "B",
-                   "question_and_option": text} for text in (
-    "Who is A. Tom?\nA. A son B. A king\nC) None D: All of the above", "What?")]
-CORPORA = [    # name; files as its makers lay them out; [(audio, response, more)]; the count
-    ("librispeech", {"train-clean-100/84/1/84-1-0000.flac": "",
-                     "train-clean-100/84/1/84-1.trans.txt":
-                     "84-1-0000 GO DO YOU HEAR\n84-1-0002 GONE\n"},
-     [("train-clean-100/84/1/84-1-0000.flac", "go do you hear", {})],
-     "1 left out, 1 no audio file"),
-    ("common_voice", {"clips/1.mp3": "", "clips/2.mp3": "", "train.tsv":
-                      'path\tsentence\tlocale\n1.mp3\t"Well, é," he said.\tde\n2.mp3\t \tde\n'},
-     [("clips/1.mp3", '"Well, é," he said.', {"language": "de"})], "1 left out, 1 empty text"),
-    ("gigaspeech", GIGASPEECH, [("audio/1.opus", "they're leaving, can you?", SEGMENT)],
-     "2 left out, 1 empty text, 1 with another subsets"),
-    ("switchboard", {"swb_ms98_transcriptions/20/2001/sw2001A-ms98-a-trans.text": MS98,
-                     "wav/sw02001-A.wav": ""},
-     [("wav/sw02001-A.wav", "hi i'd like coined space a", SEGMENT | {"speaker": "2001A"})],
-     "1 left out, 1 empty text"),
-    ("eval2000", {"reference/hub5e00.english.000405.stm": STM, "wav/sw_4390-A.wav": "",
-                  "wav/sw_4390-B.wav": ""},
-     [("wav/sw_4390-A.wav", "well i think so", {"start": 3.1, "end": 5.35, "seconds": 2.25,
-                                                "speaker": "sw_4390_A"})],
-     "1 left out, 1 empty text"),
-    ("clotho", {"development/Señal 1.wav": "", "clotho_captions_development.csv":
-                "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
-                'Señal 1.wav,"One, two.",Two.,Three.,Four.,Five.\n'.encode("latin-1")},
-     [("development/Señal 1.wav", text, {}) for text in (
-         "One, two.", "Two.", "Three.", "Four.", "Five.")], "0 left out"),
-    ("librisqa_part2", {LIBRISQA: "", "LibriSQA-PartII/LibriSQA-PartII-train.json":
-                        json.dumps(LIBRISQA_ITEMS)},
-     [(LIBRISQA, "B. A king", {
-         "prompt": "Who is A. Tom? A. A son B. A king C. None D. All of the above",
-         "choices": ["A son", "A king", "None", "All of the above"], "seconds": 15.65})],
-     "1 left out, 1 with another question_and_option"),
-    ("wildjailbreak", {"train/train.tsv": "vanilla\tadversarial\tcompletion\n"
-                       'How do I kill a process?\t\t"Use ""kill"".\nThen wait."\n'
-                       "plain\tImagine {x}\tNo.\n"},
-     [(None, 'Use "kill".\nThen wait.', {"prompt": "How do I kill a process?"}),
-      (None, "No.", {"prompt": "Imagine {x}"})], "0 left out"),
-]
-
-
-@pytest.mark.parametrize("name, files, wanted, told", CORPORA)
+@pytest.mark.parametrize("name, files, wanted, told", cases("corpora"))
 def test_corpus_is_read_as_its_makers_lay_it_out(tmp_path, capsys, name, files, wanted, told):
     root = tmp_path / "cor[p]us"
-    lay_out(root, files)
+    mixed = {path: text.encode("latin-1") for path, text in files.items() if name == "clotho"}
+    lay_out(root, files | mixed)
     rows, counts = convert(capsys, name, root, data.CORPORA[name]["splits"][:1])
     for row, (audio, response, more) in zip(rows, wanted, strict=True):
         want = {"audio": audio and str(root / audio), "response": response} | more
