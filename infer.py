@@ -135,7 +135,7 @@ def ask(args):
     clip that cannot be read is named, and the others are answered."""
     rows = rows_to_ask(args)
     if len(rows) == 1:
-        rows.load(0)    # so that it is missed before the model is loaded
+        rows.load(0)    # missed before the model is loaded
     coat = load_model(args)
     skipped = []
     for batch in batches(coat, rows, range(len(rows)), args, skipped):
@@ -156,7 +156,7 @@ def ask(args):
 # score
 
 LETTERS = string.ascii_uppercase
-READING = read_json(os.path.join(ASSETS, "reading.json"))    # patterns, and what each is for
+READING = read_json(os.path.join(ASSETS, "reading.json"))
 
 
 def fold(text):
@@ -189,7 +189,7 @@ def mentioned(text, choices):
     matches = []
     for choice in sorted(choices, key=len, reverse=True):    # what a longer one takes is gone
         phrase = re.escape(re.sub(r"^(?:an?|the)\s+", "", plain(choice)) or "\0")
-        if not re.search("[\u2e80-\uffff]", phrase):    # a script with spaces between its words
+        if not re.search("[\u2e80-\uffff]", phrase):    # of a script with spaces
             phrase = rf"(?<!\w){phrase}(?!\w)"
         matches += [(choice, match) for match in re.finditer(phrase, text, re.I)]
         text = re.sub(phrase, lambda match: "\0" * len(match[0]), text, flags=re.I)
@@ -251,7 +251,7 @@ def lmms_choice(answer, choices, rule):
 
 
 def is_right(line):
-    """Whether an answer is the response, or names the choice that the response names."""
+    """Whether an answer is the response, or names the choice that it names."""
     if not line.get("choices"):
         return plain(final_answer(line["answer"])) == plain(line["response"])
     right = read_choice(line["response"], line["choices"])
@@ -269,10 +269,10 @@ def normalisers():
 def words_heard(text, line, rule):
     """[word], in a script without spaces [character]. rule: one of lmms-eval's, or "ours": English
     by Whisper's normaliser, elsewhere without capitals and marks (its basic one takes vowels)."""
-    english, basic = normalisers()
-    text = re.sub(r"<\|.*?\|>|<(?:MUSIC|NOISE|SIL|OTHER)>", " ", text)    # appendix B
     if rule == "rows":
         return text.lower().split()
+    english, basic = normalisers()
+    text = re.sub(r"<\|.*?\|>|<(?:MUSIC|NOISE|SIL|OTHER)>", " ", text)    # appendix B
     if rule == "ours":
         letters = filter(str.isalpha, line["response"])
         is_latin = all("LATIN" in unicodedata.name(c, "") for c in letters)
@@ -301,7 +301,7 @@ def word_errors(line, rule):
     found = jiwer.process_words(" ".join(reference), " ".join(heard))
     missed = found.substitutions + found.deletions
     wrong, n = missed + found.insertions, missed + found.hits
-    return (wrong / n, 1) if rule == "rows" else (wrong, n)    # each row weighs alike
+    return (wrong / n, 1) if rule == "rows" else (wrong, n)
 
 
 def share(counts, samples=1000):
@@ -434,7 +434,7 @@ def score_set(args, name, source, model):
     ratings = {line["row"]: line["rating"] for line in lines
                if line.get("judge") == args.judge_model}
     skipped = [reason for _, reason in source.skipped]
-    print(f"{name}: {len(source)} rows, {len(skipped)} skipped, {len(answers)} answered before\n"
+    print(f"{name}: {source.about}; {len(skipped)} skipped, {len(answers)} answered before\n"
           f"predictions: {path}")
     left = np.setdiff1d(usable_rows(source), list(answers)).tolist()
     for batch in batches(model(), source, left, args, skipped) if left else ():
@@ -552,7 +552,7 @@ def rate(args, line):
                   "messages": [{"role": "user", "content": prompt}]})
         reply.raise_for_status()
         text = str(reply.json()["choices"][0]["message"]["content"] or "")
-    except Exception as e:    # of any kind
+    except Exception as e:
         reason = " ".join(str(e).replace(key or "\0", "***").split())
         raise InputError(f"the judge at {args.judge} fails ({reason}); its key is read from "
                          "OPENAI_API_KEY. The same command goes on") from e
@@ -611,11 +611,29 @@ def pitch_recall(z_hat, z, expert):
     return (expert.readout(z_hat).sigmoid() > CONTOUR_ON)[on].float().mean().item()
 
 
+def picture(task, z_hat, z, expert):
+    """(student (K, L), expert (K, L), [names of the K rows]) of features (L, E): emotions, if the
+    expert's file names them, the contour, ten events, else the dimensions that vary most."""
+    rows, names = slice(None), []
+    if task == "affect" and expert.readout:
+        z_hat, z = (expert.readout(x).softmax(1) for x in (z_hat, z))
+        names = expert.EMOTIONS
+    elif task == "pitch":    # the strongest third of each semitone
+        z_hat, z = (expert.readout(x).sigmoid().unflatten(1, (88, 3)).amax(2) for x in (z_hat, z))
+    elif task == "sound":
+        z_hat, z = (expert.readout(x).sigmoid() for x in (z_hat, z))
+        rows = z.amax(0).topk(10).indices.flip(0)
+        names = [f"event {i}" for i in rows.tolist()]
+    else:
+        rows = z.var(0).topk(min(64, z.shape[1])).indices
+    return z_hat.T[rows], z.T[rows], names
+
+
 def show(args):
     """What each head reconstructs beside what its expert hears, as a picture (figure 4).
 
     unexplained: a loss over that of the best constant answer; 0 is the expert itself."""
-    from docs.pictures import draw_heads
+    from matplotlib.figure import Figure
     wave, rate = read_audio(args.clip, args.start, args.end)
     coat, experts, heads = load_heads(args)
     row = {"wave": wave, "rate": rate, "prompt": args.question, "response": ""}
@@ -623,7 +641,18 @@ def show(args):
     told = {"clip": args.clip, "model": args.model, "unexplained": losses, "picture": args.out}
     if "pitch" in heads:
         told["pitch_recall"] = pitch_recall(student["pitch"], target["pitch"], experts["pitch"])
-    draw_heads(student, target, losses, experts, len(wave) / rate, args.out)
+    figure = Figure(figsize=(9, 2.4 * len(heads)), dpi=80, layout="constrained")
+    for task, axes in zip(heads, figure.subplots(len(heads), 2, squeeze=False)):
+        *images, names = picture(task, student[task], target[task], experts[task])
+        low, high = np.quantile(images[1].cpu(), [0.01, 0.99])
+        for axis, image in zip(axes, images):
+            axis.imshow(image.cpu().numpy(), aspect="auto", origin="lower", vmin=low, vmax=high,
+                        extent=(0, len(wave) / rate, -0.5, len(image) - 0.5))
+            axis.set_yticks(range(len(names)), names)
+        axes[0].set_title(", ".join(f"{term}: {loss:.2f} unexplained" for term, loss
+                                    in losses.items() if term.startswith(task)), fontsize=9)
+        axes[1].set_title(type(experts[task]).__name__, fontsize=9)
+    figure.savefig(args.out, format="png")
     print(json.dumps(told, allow_nan=False))
 
 
@@ -631,8 +660,7 @@ def frames(args):
     """How much of their experts the heads reconstruct: of clips as a whole, and of their course.
 
     clips: of each clip its mean feature. course: what that leaves of each frame. Both without what
-    all clips share at a frame's place; squared errors over the expert's variance: 0 is the expert,
-    1 knows nothing of the clip."""
+    all clips share at a frame's place; as shares of the expert's variance that are missed."""
     source = open_source(args.data)
     coat, experts, heads = load_heads(args)
     found = [reconstruct(coat, experts, heads, source.load(i)) for i in with_audio(source)]
@@ -700,8 +728,7 @@ def probe(args):
                   f"{found['rows']} rows, {found['left_out']} without a label")
     print(json.dumps({"data": args.data, "label": args.label, "results": results}, allow_nan=False))
     if args.plot:
-        from docs.pictures import draw_probes
-        draw_probes(results, args.data, args.plot)
+        plot_probes(results, args)
 
 
 def value_at(row, *keys):
@@ -774,6 +801,24 @@ def linear_probe(x, labels, groups):
     return accuracy, chances[np.arange(len(true)), true]
 
 
+def plot_probes(results, args):
+    """Accuracy over checkpoints, a level line for other models (figure 3)."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 3.2), dpi=90, layout="constrained")
+    for axis, position in zip(figure.subplots(1, 2, sharey=True), ("think", "pre-gen")):
+        for i, name in enumerate(args.models):
+            found = [r for r in results if r["model"] == name and position in r]
+            accuracy = [r[position]["accuracy"] for r in found]
+            if found and found[0]["step"]:
+                axis.errorbar([r["step"] for r in found], accuracy,
+                              [r[position]["deviation"] for r in found], color=f"C{i}", label=name)
+            elif found:
+                axis.axhline(accuracy[0], color=f"C{i}", label=name)
+        axis.set(xlabel="step", title=position, ylabel=f"accuracy of the probe, {args.data}")
+        axis.legend(fontsize=8)
+    figure.savefig(args.plot, format="png")
+
+
 # --------------------------------------------------------------------------------------------------
 # compare, merge, the command line
 
@@ -781,8 +826,7 @@ def compare(args):
     """Results of runs and backbones by what they were trained with, over seeds (table 4).
 
     With 95 % intervals by Student's t, and the difference to the first arm over the seeds that both
-    have; a backbone stands beside all. A run counts with its heldout.json, a predictions file of
-    `score` with its answers."""
+    have. A run counts with its heldout.json, a predictions file of `score` with its answers."""
     results = []
     for path in args.runs:
         try:
@@ -819,13 +863,11 @@ def compare(args):
             print(f"{data:16}{question:{width}}{arm:32}{len(seeds):6}"
                   f"{in_words([*seeds.values()]):>16}{in_words(paired, '+'):>16}".rstrip())
     if args.plot:
-        from docs.pictures import draw_arms
-        draw_arms({key: {arm: mean_interval([*seeds.values()]) for arm, seeds in arms.items()}
-                   for key, arms in found.items()}, args.plot)
+        plot_arms(found, args.plot)
 
 
 def mean_interval(values):
-    """(mean, half of its 95 % interval by Student's t, NaN for one value)"""
+    """(mean, half of its 95 % interval by Student's t)"""
     from scipy.stats import sem, t
     alone = len(values) == 1
     return float(np.mean(values)), (
@@ -833,7 +875,7 @@ def mean_interval(values):
 
 
 def in_words(values, sign=""):
-    """Their mean and its interval, "" without any."""
+    """Their mean and its interval."""
     if not values:
         return ""
     mean, half = mean_interval(values)
@@ -862,8 +904,11 @@ def results_of(path):
     judges = [line["judge"] for line in lines if "judge" in line]    # the last one counts
     ratings = {line["row"]: line["rating"] for line in lines if line.get("judge") in judges[-1:]}
     answered = sorted((x for x in lines if "answer" in x), key=lambda line: line["row"])
-    name = os.path.basename(run["data"])
-    return [who | {"set": name} | result for result in shown(measure(answered, ratings))]
+    who["set"] = os.path.basename(run["data"])
+    found = shown(measure(answered, ratings))
+    if not found:
+        raise InputError(f"'{path}' has no result, or none without a judge")
+    return [who | result for result in found]
 
 
 def described(flags):
@@ -882,6 +927,31 @@ def described(flags):
     data = [os.path.splitext(os.path.basename(name))[0].removesuffix(f"-{flags['seed']}")
             for name in dict.fromkeys(flags["data"])]
     return {"arm": arm, "data": ", ".join(data), "seed": flags["seed"]}
+
+
+def plot_arms(found, path):
+    """Accuracy against the number that ends the data's name. found: as in `compare`."""
+    from matplotlib.figure import Figure
+    numbered = {key: int(number[0]) for key in found if (number := re.search(r"\d+$", key[0]))}
+    questions = list(dict.fromkeys(question for _, question in numbered))
+    if not questions:
+        raise InputError("--plot needs data that end in a number, such as tones:note:28")
+    arms = list(dict.fromkeys(arm for seeds in found.values() for arm in seeds))
+    figure = Figure(figsize=(1 + 4 * len(questions), 3.5), dpi=90, layout="constrained")
+    for axis, question in zip(figure.subplots(1, len(questions), squeeze=False)[0], questions):
+        for k, arm in enumerate(arms):
+            keys = [key for key in numbered if key[1] == question and arm in found[key]]
+            points = sorted((numbered[key], *mean_interval([*found[key][arm].values()]))
+                            for key in keys)
+            if points:
+                numbers, values, halves = np.transpose(points)
+                apart = 1.04 ** k    # so that none hides another
+                axis.errorbar(numbers * apart, values, halves, marker="o", markersize=3,
+                              color=f"C{k}", label=arm)
+        axis.set(xscale="log", xlabel="labelled clips", ylabel="right answers, %", title=question)
+    handles = axis.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, format="png")
 
 
 def merge(args):
