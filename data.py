@@ -10,8 +10,8 @@ A manifest holds one JSON object a line; audio paths are relative to it, null is
     {"audio": "clips/rain.flac", "prompt": "What is heard?", "response": "rain", "task": "caption"}
 
 Optional: "start" and "end" in seconds (a segment of the file), "seconds" (its length, saves opening
-the file), "choices" (of a multiple-choice row), "question" (what a judge is shown instead of the
-prompt). Rows count from 0 in all files and messages.
+it), "choices" (the options), "question" (what a judge is shown instead of the prompt). Rows count
+from 0 in all files and messages.
 """
 import argparse
 import ast
@@ -27,19 +27,20 @@ import json
 import math
 import os
 import re
-import string
 import sys
 from array import array
 from collections import Counter
+
+# First: it says in one line which library is missing.
+from model import (ASSETS, IGNORE, MAX_PEAK, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError,
+                   at_rate, build_inputs, check_seconds, check_text, encode_row, load_coat,
+                   one_line_errors, pad_batch, pad_rows, read_json)
 
 import numpy as np
 import soundfile
 import torch
 
-from experts import EXPERTS, resample_frames
-from model import (ASSETS, IGNORE, MAX_PEAK, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, InputError,
-                   at_rate, build_inputs, check_seconds, check_text, encode_row, load_coat,
-                   one_line_errors, pad_batch, pad_rows, read_json)
+from experts import EXPERTS, load, resample_frames
 
 STARTS = {"OGG": rb"OggS\0\x02", "FLAC": rb"fLaC[\0\x80]\0\0\x22",    # of a stream
           "MP3": rb"\AID3|\A\xff[\xe0-\xff]"}
@@ -53,8 +54,6 @@ torch.multiprocessing.set_sharing_strategy("file_system")
 
 class Sound(soundfile.SoundFile):
     """A clip, to be decoded once from front to back. length: in frames, None if not stated"""
-
-    stream = io.BytesIO()    # if there is no file
 
     def __init__(self, clip):
         self.stream = open(clip, "rb") if isinstance(clip, str) else io.BytesIO(clip)
@@ -75,10 +74,6 @@ class Sound(soundfile.SoundFile):
 
     def seekable(self):
         return False    # else soundfile seeks after each read; GSM and FLAC of a pipe cannot
-
-    def close(self):
-        super().close()
-        self.stream.close()
 
 
 def read_audio(clip, start=None, end=None, name=None, decode=True):
@@ -104,7 +99,7 @@ def read_audio(clip, start=None, end=None, name=None, decode=True):
     is_cut = [1.01 * int(there) < int(stated) < 0x7f000000 for stated, there in sizes]
     if last == sound.length and (any(is_cut) or sound.format not in WHOLE
                                  or "Junk after the last page" in sound.extra_info):
-        raise InputError(f"'{name}' ({sound.format}) is cut off, joined, or cannot show that not")
+        raise InputError(f"'{name}' ({sound.format}) is cut off or joined, or its kind does not tell")
     if not 0 <= first < last:
         raise InputError(f"'{name}' has no samples from {start or 0} s to {end or 'its end'}")
     check_seconds((last - first) / rate, f"'{name}'")
@@ -141,10 +136,9 @@ def read_audio(clip, start=None, end=None, name=None, decode=True):
 #   draw(n, rng)     (n,) row numbers in random order
 
 def open_source(text, training_rows=None, seed=0):
-    """rows.jsonl, mixture.json, a benchmark (see Benchmark), or synthetic tones, tones[:KINDS[:N]].
-
-    training_rows   as many tones, or, with N, N labelled clips of each kind, chosen by seed, and as
-                    many without a label. None: held-out tones, N of each kind (60)"""
+    """rows.jsonl, mixture.json, a benchmark (see Benchmark), or synthetic tones, tones[:KINDS[:N]]:
+    training_rows, and with N so many labelled ones of each kind before them; without training_rows
+    held-out ones, N of each kind (60)."""
     if re.split("[@=]", text)[0] in BENCHMARKS:
         return Benchmark(text)
     if not re.match("tones(:|$)", text):
@@ -159,18 +153,18 @@ def open_source(text, training_rows=None, seed=0):
 
 
 def usable_rows(source):
-    """(usable,) row numbers that can be used, as far as headers and stated lengths tell."""
+    """(usable,) row numbers, as far as headers and stated lengths tell."""
     return np.setdiff1d(np.arange(len(source)), [i for i, _ in source.skipped])
 
 
 def passes(rows, n, rng):
-    """(n,) of the rows: whole passes in random order, the last one perhaps cut short."""
+    """(n,) of the rows: whole passes in random order, the last one cut short."""
     whole = math.ceil(n / max(1, len(rows)))
     return np.concatenate([rows[:0], *(rng.permutation(rows) for _ in range(whole))])[:n]
 
 
 def fingerprint(source):
-    """Hex digest of what plans follow from: the rows and the lengths of the audio."""
+    """Hex digest of what plans follow from: rows and lengths."""
     found = hashlib.sha256(source.lengths.tobytes())
     for path in source.files:
         with open(path, "rb") as file:
@@ -214,7 +208,7 @@ class Manifest:
     that a row takes 16 bytes of memory. Raises InputError with a malformed one's number."""
 
     files = ()
-    left_out = ()    # of skipped, what is known without looking at the audio
+    left_out = ()    # of skipped, what is known without the audio
 
     def __init__(self, *paths):
         self.paths = self.files = paths
@@ -224,8 +218,8 @@ class Manifest:
         stated = array("d")    # seconds of each row, nan where unknown
         for path in paths:
             if not os.path.isfile(path) or path.endswith(".parquet"):
-                raise InputError(f"'{path}' is neither a file of JSON lines, as data.py convert "
-                                 f"writes, nor a benchmark: {', '.join(BENCHMARKS)}")
+                raise InputError(f"'{path}' is neither JSON lines, as convert writes, nor one of "
+                                 f"{', '.join(BENCHMARKS)}")
             start = 0
             for number, line in enumerate(open(path, "rb"), 1):
                 if line.strip():
@@ -381,7 +375,7 @@ class Mixture(Manifest):
 
     def report(self, n):
         counts = self.counts(n)
-        lines = [f"{'usable rows':>14}{'drawn':>10}{'share':>8}{'epochs':>8}"]    # of a stage
+        lines = [f"{'usable rows':>14}{'drawn':>10}{'share':>8}{'epochs':>8}"]
         for path, rows, count in zip(self.paths, self.usable, counts):
             epochs = count / max(1, len(rows))
             lines.append(f"{len(rows):14}{count:10}{count / n:8.2%}{epochs:8.2f}  {path}")
@@ -550,9 +544,9 @@ class Rows(torch.utils.data.Dataset):
 def collate(rows, spec, rates=(), think=True, responses=True, micro_tokens=None):
     """Loaded rows of a step -> ([its micro-batches], [InputError of those left out]).
 
-    A batch is that of build_inputs, with labels, rows (without waves; none: an idle batch), seconds
-    of audio, and waves, {rate in Hz: [(N,) or None, one a row]}. A micro-batch has at most
-    micro_tokens tokens with its padding, or one row."""
+    A batch is that of build_inputs with rows (without waves; none: an idle batch), seconds of audio
+    and waves, {rate in Hz: [(N,) or None, one a row]}. A micro-batch has at most micro_tokens
+    tokens with its padding, or one row."""
     encoded = []
     skipped = []
     for row in rows:
@@ -588,7 +582,7 @@ def collate(rows, spec, rates=(), think=True, responses=True, micro_tokens=None)
 
 
 def idle_batch(spec, rates):
-    """A row of text without targets, for a rank that must take a turn and has no row."""
+    """A row of text without targets, for a rank that has no row and must take a turn."""
     batch = build_inputs(spec, [None], ["nothing"], [""])
     batch["labels"].fill_(IGNORE)
     return batch | {"waves": {rate: [None] for rate in rates}, "rows": [], "seconds": 0.0}
@@ -618,7 +612,7 @@ def expert_targets(experts, batch, audio_embeds=None):
 # Data sets as tables: assets/corpora.json, what one trains on, as its makers lay it out, and
 # assets/benchmarks.json, evaluation sets as lmms-eval has them. Both explain their keys.
 
-LETTERS = string.ascii_uppercase
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aiff", ".aif", ".w64", ".caf")
 FAMILIES = ("General", "AIR-Bench", "Music", "Emotion", "ASR")    # of benchmarks, table 1
 TABLES = ("csv", "json", "hub")    # what `convert` reads by names of columns
@@ -635,7 +629,7 @@ for SETS in (CORPORA, BENCHMARKS):
 
 
 class LeftOut(Exception):
-    """Why an item becomes no row, to be counted."""
+    """Why an item becomes no row."""
 
 
 def as_list(value):
@@ -648,9 +642,8 @@ def digest(*words):
 
 
 def make_rows(spec, cells, root="", audio=None):
-    """[the rows] that a description makes of an item, {column: value}. Raises LeftOut.
-
-    audio       its clip, where it does not lie in root"""
+    """[the rows] that a description makes of an item, {column: value}, its audio in root if it is
+    not given. Raises LeftOut."""
     def fill(key):
         return [text.format_map(cells) for text in as_list(spec.get(key))]
 
@@ -729,8 +722,8 @@ def read_choices(given):
 
 
 def find_choice(answer, choices, by_letter=False):
-    """The number of the choice that an answer names by its text, its letter, both, or a number from
-    0, or None; by_letter: "B" or "(B) .." is a letter whatever follows."""
+    """The number of the choice that an answer names, or None: by text, letter, both, or a number
+    from 0; by_letter: by its first letter whatever follows."""
     texts = [choice.casefold() for choice in choices]
     if not by_letter and answer.casefold() in texts:
         return texts.index(answer.casefold())
@@ -744,8 +737,8 @@ def find_choice(answer, choices, by_letter=False):
 
 
 def find_audio(place):
-    """A path that is a file; else the one audio file of its name with any ending, in any case of
-    letters, or None. Raises LeftOut if there are several."""
+    """A path that is a file; else the one audio file of its name, with any ending and in any case
+    of letters, or None. Raises LeftOut."""
     if os.path.isfile(place):
         return place
     folder, name = os.path.split(os.path.normpath(place))
@@ -936,7 +929,7 @@ def any_table(args):
         clip = cells[audio] if audio else None
         if None in cells or any(isinstance(text, (list, dict, type(None)))
                                 for text in (response, question)):
-            yield "with no text where one belongs, or with commas outside of quotes"
+            yield "no text where one belongs, or commas outside of quotes"
             continue
         if isinstance(clip, dict) and clip["bytes"]:    # of a data set; written as it is stored
             ending = os.path.splitext(clip["path"] or "")[1]
@@ -955,10 +948,51 @@ def any_table(args):
         yield spec, cells, os.path.dirname(args.root)
 
 
+CLIP_KEYS = ("audios", "audio", "sounds", "sound", "audio_url", "path", "url")
+MARK = re.compile(r"<\|?(?:audio|sound|speech|music|voice)\w*\|?>", re.I)    # of a clip in a text
+
+
+def any_messages(args):
+    """Conversations with the clip under one of CLIP_KEYS, or as a part of the question."""
+    for item in read_table(args.root):
+        turns = [turn if isinstance(turn, dict) else {}
+                 for turn in item.get("messages") or item.get("conversations") or []]
+        roles = [turn.get("role") or turn.get("from") for turn in turns]
+        contents = [turn.get("content") or turn.get("value") or "" for turn in turns]
+        parts = [[part for part in content if isinstance(part, dict)] for content in contents]
+        texts = ["\n".join(part.get("text") or "" for part in of_turn) if of_turn else str(content)
+                 for of_turn, content in zip(parts, contents)]
+        paths = [[part[key] for part in of_turn for key in CLIP_KEYS if part.get(key)]
+                 for of_turn in parts]
+        clips = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or sum(paths, [])
+        other = [key for key in item if str(item[key]).lower().rstrip("]'").endswith(SOUNDS)]
+        if roles[1:] not in (["assistant"], ["gpt"]) or item.get("system") or item.get("history"):
+            yield "not of one question and one answer"
+        elif paths[1] or MARK.search(texts[1]):
+            yield "with a clip in the answer"
+        elif len(clips) > 1 or len(MARK.findall(texts[0])) > 1:
+            yield "with several clips"
+        elif not clips and (other or MARK.search(texts[0])):
+            yield f"with a clip under '{''.join(other[:1])}', not 'audio'"
+        else:
+            spec = {"task": args.task, "question": "{q}", "response": "{a}", "wordings": ["{}"],
+                    "audio": clips and "{clip}"}
+            cells = {"q": MARK.sub("", texts[0]), "a": texts[1], "clip": "".join(clips)}
+            yield spec, cells, os.path.dirname(args.root)
+
+
+def pitch_class_of(row):
+    """The pitch class with most notes in a clip by basic-pitch (sum of posteriors above 0.5)."""
+    expert = load("pitch")
+    wave, rate = read_audio(row["audio"], row.get("start"), row.get("end"))
+    notes = expert.notes(at_rate(wave, rate, expert.sample_rate))    # (F, 88) from A0
+    strengths = torch.where(notes > 0.5, notes, 0).sum(0)
+    by_class = torch.zeros(12).index_add(0, (torch.arange(88) + 9) % 12, strengths)
+    return PITCH_CLASSES[by_class.argmax()] if by_class.any() else None
+
+
 def items_of(args):
     """Yields arguments of make_rows, or why there is no row."""
-    if args.name == "messages":
-        from docs.recipes import any_messages    # few need it
     if args.name not in CORPORA:
         return any_table(args) if args.name in TABLES else any_messages(args)
     splits = args.split or CORPORA[args.name]["splits"]
@@ -966,7 +1000,7 @@ def items_of(args):
 
 
 def convert(args):
-    """Rows to stdout; to stderr how many, and what was left out and why."""
+    """Rows to stdout; to stderr how many, and what was left out."""
     written = 0
     left_out = Counter()
     if args.name != "hub":
@@ -978,7 +1012,6 @@ def convert(args):
                     raise LeftOut(found)
                 for row in make_rows(*found):
                     if args.pitch_class:
-                        from docs.recipes import pitch_class_of
                         row["pitch_class"] = pitch_class_of(row)
                     line = json.dumps(row, ensure_ascii=False)
                     parse_row(line.encode(), "that training would refuse")
@@ -995,7 +1028,7 @@ def convert(args):
 
 
 def check(args):
-    """Prints what a source holds, and what training would skip -> whether any."""
+    """Prints what a source holds and what training would skip -> whether any."""
     source = open_source(args.path)
     skipped = dict(source.skipped)
     rates = {expert.sample_rate for expert in EXPERTS.values()} - {None}
@@ -1004,7 +1037,7 @@ def check(args):
         _, problems = collate([Rows(source)[i]], spec, rates)
         skipped |= {i: problem for problem in problems}
     print(source.about)
-    print(f"{len(skipped)} would be skipped{', by headers and stated lengths' * args.quick}")
+    print(f"{len(skipped)} would be skipped{', by their headers' * args.quick}")
     for i, problem in sorted(skipped.items())[:20]:
         print("  {}, row {}: {}".format(*source.where(i), problem))
     if isinstance(source, Mixture):

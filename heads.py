@@ -195,11 +195,6 @@ class ExpertHeads(nn.ModuleDict):
         nn.init.zeros_(out.weight)
         out.bias.copy_(z.mean(0))
 
-    def tensors_of(self, task):
-        """Names in the state dict that belong to a task: of its head and its scales."""
-        scales = [f"{term}_scale" for term in terms(task)]
-        return [name for name in self.state_dict() if name in scales or name.split(".")[0] == task]
-
 
 def heads_for(d, experts, **options):
     """The ExpertHeads of {task: anything with `dim`, e_k, and `readout`, g_cls, h or None}."""

@@ -22,6 +22,10 @@ import time
 from collections import Counter
 from typing import NamedTuple
 
+from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
+                   latest_checkpoint, load_coat, one_line_errors, read_json, to_device,
+                   usable_device, write_file)    # first: it names a library that does not import
+
 import numpy as np
 import safetensors.torch
 import soundfile
@@ -35,9 +39,6 @@ from data import (TONES, Rows, Tones, collate, expert_targets, fingerprint, idle
                   plan_stage)
 from experts import EXPERTS, load_experts
 from heads import heads_for, terms
-from model import (BACKBONES, COUNT, IGNORE, WORKERS, InputError, checkpoint_steps, in_range,
-                   latest_checkpoint, load_coat, one_line_errors, read_json, to_device, usable_device,
-                   write_file)
 
 PAPER_STAGES = ["100000:recon", "100000:all"]    # section 3.4
 # 8 B weights leave little memory. Random weights know nothing worth keeping: tiny learns faster.
@@ -47,13 +48,11 @@ DEFAULTS = {
     "tiny": dict(stage=["100:recon=0.3", "260:recon=0.3,pitch=0.3"], batch=8, lr=2e-3,
                  calibrate=32, threads=1, workers=1),
 }
-# What may differ in a resumed run; the rows of --data are compared.
 FREE_FLAGS = {"resume", "out", "data", "save_every", "log_every", "keep", "workers", "device",
-              "heldout"}
+              "heldout"}    # may differ in a resumed run
 MODEL_FLAGS = ("backbone", "model_path", "head", "head_width", "focal_gamma")    # of --init-from
 MAX_LOST = 5    # steps in a row that cannot be taken
-# Dense bf16 peaks by the vendor's datasheets, FLOP/s, for the log's MFU.
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}    # bf16 FLOP/s, dense
 POSITIVE = in_range(float, 1e-30, 1e30)    # within fp32
 RANK = int(os.environ.get("RANK", 0))    # torchrun sets these; without it there is one process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -62,7 +61,7 @@ STOP = []    # why this run is to save and end before its next step: signals, ex
 
 
 # --------------------------------------------------------------------------------------------------
-# Flags
+# Flags, ranks
 
 def absolute(text):
     """A path that is there as an absolute one: a run may be resumed from another folder."""
@@ -179,9 +178,6 @@ def parse_stage(text, args):
                          f"{','.join(EXPERTS)}, all, none") from e
 
 
-# --------------------------------------------------------------------------------------------------
-# Ranks
-
 def gather(value):
     """[value of each rank]"""
     values = [value] * WORLD
@@ -198,9 +194,8 @@ def sum_over_ranks(numbers):
 
 def together(work, *args):
     """work(*args) on each rank. If it fails on one, all of them end, and none waits for hours."""
-    result = error = None
     try:
-        result = work(*args)
+        result, error = work(*args), None
     except Exception as e:
         error = e
     failed = [text for text in gather(error and f"rank {RANK} ends: {error}") if text]
@@ -243,7 +238,8 @@ class Student(torch.nn.Module):
 
     def forward(self, batch):
         """{"ce", and every term of the experts: () sum over the batch}; leaves z_k in `targets`."""
-        device = batch["input_ids"].device
+        device = self.coat.hf.device
+        batch = to_device(batch, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             out = self.coat(batch)    # H_think, x_A, cross-entropy
             self.targets = expert_targets(self.experts, batch, out.audio_embeds)    # (B, L, E)
@@ -265,7 +261,7 @@ def build(args, tasks, device, checkpoint):
     if args.compile:
         coat.compile_layers()
     d = coat.hf.config.get_text_config().hidden_size
-    paths = {task: getattr(args, f"expert_{task}", None) for task in tasks}    # recon has none
+    paths = {task: getattr(args, f"expert_{task}", None) for task in tasks}
     experts = load_experts(tasks, d, device, args.random_experts, paths)
     heads = heads_for(d, experts, kind=args.head, width=args.head_width,
                       focal_gamma=args.focal_gamma).to(device)
@@ -279,8 +275,7 @@ def build(args, tasks, device, checkpoint):
 
 
 def open_data(args, stages):
-    """([source of each stage], [(steps, rows) row numbers of each stage that are this rank's])."""
-    # They are a function of (seed, stage), so the step alone says where a run stands.
+    """([source of each stage], [(steps, rows) row numbers of each stage that are this rank's])"""
     n_rows = sum(stage.steps for stage in stages) * args.batch
     opened = {text: open_source(text, n_rows, args.seed) for text in args.data}
     sources = [opened[text] for text in args.data]
@@ -291,7 +286,7 @@ def open_data(args, stages):
         epochs = plan.size / (len(source) - len(source.skipped))
         say(f"stage {number + 1}: {source.about}; {epochs:.3g} epochs")
         if source.skipped:
-            say(f"{len(source.skipped)} rows are skipped; the first: {source.skipped[0][1]}")
+            say(f"{len(source.skipped)} rows are skipped, such as: {source.skipped[0][1]}")
     return sources, plans
 
 
@@ -310,29 +305,28 @@ def load_steps(source, plan, collate_step, args, device):
         yield [], []
 
 
-def calibrate(student, tasks, source, rows, collate_step, device):
+def calibrate(student, tasks, source, rows, collate_step):
     """Scales of the losses, and best constant answers to begin with, from these clips."""
     clips = {task: [] for task in tasks}
     for row in rows if tasks else ():
         (batch,), _ = collate_step([Rows(source)[row]])
         if batch["rows"]:
             with torch.no_grad():
-                student(to_device(batch, device))
+                student(batch)
             for task in tasks:
                 clips[task].append(student.targets[task][0])    # (L, E)
     for task, found in clips.items():
         if not found:
-            raise InputError(f"none of the {len(rows)} clips of stage 1 gives {task} its scale")
+            raise InputError(f"none of {len(rows)} clips of stage 1 gives {task} its scale")
         student.heads.calibrate(task, found)
 
 
-def rehearse(student, sources, plans, collate_step, device):
-    """The step with the longest row of the run, of which nothing is learned: what does not fit in
-    memory says so now, and not in a week."""
+def rehearse(student, sources, plans, collate_step):
+    """The step with the longest row, without learning: what does not fit in memory says so now."""
     source, plan = max(zip(sources, plans), key=lambda of: of[0].lengths[of[1]].max())
     rows = plan[source.lengths[plan].max(1).argmax()]
     for batch in collate_step([Rows(source)[row] for row in rows.tolist()])[0]:
-        sum(student(to_device(batch, device)).values()).backward()
+        sum(student(batch).values()).backward()
 
 
 def claim_folder(args):
@@ -340,16 +334,14 @@ def claim_folder(args):
     os.makedirs(args.out, exist_ok=True)
     if checkpoint_steps(args.out) and not args.resume:
         raise InputError(f"'{args.out}' holds a run; give --resume or another --out")
-    if RANK > 0:
-        return contextlib.nullcontext()
-    lock = FileLock(os.path.join(args.out, ".lock"))
+    lock = FileLock(os.path.join(args.out, f".lock-{RANK}"))
     return lock.acquire(timeout=15)    # the data processes of a killed run end in some seconds
 
 
 def save(args, progress, coat, heads, optimizer):
     """checkpoint-STEP, whole or not at all: it gets its name last. Rank 0 writes."""
     final = os.path.join(args.out, f"checkpoint-{progress['step']}")
-    if RANK > 0 or os.path.exists(final):
+    if RANK or os.path.exists(final):
         return
     new = final + ".tmp"
     shutil.rmtree(new, ignore_errors=True)    # of a kill, or a full disk
@@ -375,8 +367,8 @@ def load_progress(optimizer, checkpoint, device):
     state = torch.load(os.path.join(checkpoint, "state.pt"), map_location=device, weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     for p, moments in optimizer.state.items():
-        if not (p.isfinite() & moments["exp_avg"].isfinite()).all():
-            raise InputError(f"'{checkpoint}' holds NaN; delete it to go on after the one before")
+        if not (p + moments["exp_avg"] + moments["exp_avg_sq"]).isfinite().all():
+            raise InputError(f"'{checkpoint}' holds NaN; delete it to go on with the one before")
     return state["progress"]
 
 
@@ -418,7 +410,7 @@ def count(batches):
     return n
 
 
-def forward_backward(student, batches, n, weights, device):
+def forward_backward(student, batches, n, weights):
     """{"loss", "ce", and the experts' terms} of a step over all ranks; leaves the gradients.
 
     Each is a sum over the global batch divided by its count over the global batch (n), so that it
@@ -427,7 +419,7 @@ def forward_backward(student, batches, n, weights, device):
     for batch in batches:
         last = batch is batches[-1]    # only the last micro-batch exchanges gradients
         with contextlib.nullcontext() if last or WORLD == 1 else student.no_sync():
-            losses = student(to_device(batch, device))
+            losses = student(batch)
             losses = {name: loss / max(1, n["targets" if name == "ce" else "frames"])
                       for name, loss in losses.items()}
             total = losses["ce"]                     # equation 4
@@ -440,7 +432,7 @@ def forward_backward(student, batches, n, weights, device):
 
 
 @torch.no_grad()
-def heldout_losses(student, source, weights, collate_step, batch_size, device):
+def heldout_losses(student, source, weights, collate_step, batch_size):
     """{"heldout_ce", and of the terms in `weights`}: means over rows that are not trained on."""
     rows = np.argsort(source.lengths, kind="stable")[RANK::WORLD].tolist()
     sums = Counter()
@@ -450,7 +442,7 @@ def heldout_losses(student, source, weights, collate_step, batch_size, device):
             say(f"skipped: {reason}", each=True)
         sums.update(count(batches))
         for batch in batches:
-            losses = student(to_device(batch, device))
+            losses = student(batch)
             sums.update({name: loss.item() for name, loss in losses.items()})
     sums = sum_over_ranks({name: sums[name] for name in ("targets", "frames", "ce", *weights)})
     return {f"heldout_{name}": sums[name] / max(1, sums["targets" if name == "ce" else "frames"])
@@ -506,21 +498,20 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             if began[what] != config[what]:
                 say(f"!! not bit for bit: {what} was {began[what]}, now {config[what]}")
         progress = together(load_progress, optimizer, checkpoint, device)
-        say(f"goes on after step {progress['step']} of {total_steps}"
-            + ": the run is finished" * (progress["step"] == total_steps))
+        say(f"{progress['step']} of {total_steps} steps are done already")
     else:
         most = max(stage.steps for stage in stages)
         rows = plan_stage(sources[0], most, args.batch, args.seed, 0).ravel()
         rows = list(dict.fromkeys(rows[sources[0].lengths[rows] > 0].tolist()))    # each clip once
         new = [task for task in tasks if f"{task}.out.weight" not in known and RANK == 0]
         together(calibrate, Student(coat, heads, experts), new, sources[0],
-                 rows[:args.calibrate], collate_step, device)
+                 rows[:args.calibrate], collate_step)
         for tensor in heads.state_dict().values() if WORLD > 1 else ():
             dist.broadcast(tensor, 0)
         if RANK == 0:
             write_file(os.path.join(args.out, "config.json"), json.dumps(config, indent=1))
     student = Student(coat, heads, {task: experts[task] for task in stages[-1].tasks})
-    together(rehearse, student, sources, plans, collate_step, device)
+    together(rehearse, student, sources, plans, collate_step)
     optimizer.zero_grad(set_to_none=True)
 
     log_path = os.path.join(args.out, "log.jsonl")
@@ -534,8 +525,7 @@ def train(args, stages, device, sources, plans, config, checkpoint):
     chip = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = max((flops for name, flops in PEAKS.items() if name in chip), default=None)
     heldout_rows = together(open_source, args.heldout) if isinstance(args.heldout, str) else None
-    bar = tqdm(total=total_steps, initial=progress["step"], dynamic_ncols=True,
-               disable=RANK > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=total_steps, initial=progress["step"], disable=True if RANK else None)
     lost_in_a_row = 0
     on_signals(lambda number, frame: STOP.append(number))
 
@@ -549,9 +539,9 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             optimizer.zero_grad(set_to_none=True)    # they are parts of the last stage's buckets
             trained = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False,
                                               gradient_as_bucket_view=True)
-            # The first backward pass decides the order of the buckets, which shows in last bits.
-            # After an idle one, a resumed run sums as an uninterrupted one does.
-            sum(trained(to_device(idle_batch(coat.spec, rates), device)).values()).backward()
+            # The first backward pass decides the order of the buckets, and of sums. After an idle
+            # one, a resumed run has the last bits of an uninterrupted one.
+            sum(trained(idle_batch(coat.spec, rates)).values()).backward()
             optimizer.zero_grad(set_to_none=False)
         plan = plans[number][i:]
         t0 = time.time()
@@ -562,7 +552,7 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             n = sum_over_ranks(count(batches) | {"stop": len(STOP), "skipped": len(left_out)})
             if n["stop"]:
                 break
-            losses = forward_backward(trained, batches, n, stage.weights, device)
+            losses = forward_backward(trained, batches, n, stage.weights)
             norm = torch.nn.utils.clip_grad_norm_(params, args.clip).item()
             lr = learning_rate(stage, i, args.warmup)
             i += 1
@@ -598,7 +588,7 @@ def train(args, stages, device, sources, plans, config, checkpoint):
             saves = progress["step"] % args.save_every == 0 or progress["step"] == total_steps
             if saves and heldout_rows:
                 line |= heldout_losses(student, heldout_rows, stage.weights, collate_step,
-                                       args.batch // WORLD, device)
+                                       args.batch // WORLD)
             lines.append(line)
             if saves or progress["step"] % args.log_every == 0:
                 eta = took * (total_steps - progress["step"])
@@ -648,8 +638,7 @@ def main():
     sources, plans = together(open_data, args, stages)
     config = {"flags": vars(args), "rows": [fingerprint(source) for source in sources],
               "world": WORLD, "torch": torch.__version__}
-    seen = config["rows"] + [os.path.basename(checkpoint or "")]
-    if any(of_rank != seen for of_rank in gather(seen)):
+    if len(set(map(str, gather([config["rows"], os.path.basename(checkpoint or "")])))) > 1:
         raise InputError("the ranks find different rows, audio or checkpoints")
     with together(claim_folder, args):
         train(args, stages, device, sources, plans, config, checkpoint)
