@@ -642,7 +642,7 @@ def show(args):
         low, high = np.quantile(images[1].cpu(), [0.01, 0.99])
         for axis, image in zip(axes, images):
             axis.imshow(image.cpu().numpy(), aspect="auto", origin="lower", vmin=low, vmax=high,
-                        extent=(0, len(wave) / rate, 0, len(image)))
+                        interpolation="nearest", extent=(0, len(wave) / rate, 0, len(image)))
         axes[0].set_title(", ".join(f"{term}: {loss:.2f} unexplained" for term, loss
                                     in losses.items() if term.startswith(task)), fontsize=9)
         axes[1].set_title(type(experts[task]).__name__, fontsize=9)
