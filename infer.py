@@ -321,9 +321,8 @@ def share(counts, samples=1000):
 
 def scores_of(line, rating, draws):
     """Yields (metric, rule, (x, n)) of an answer, see `share`; None leaves the row out. lmms-eval's
-    rule comes first: the paper uses it "as-is" (appendix B).
-
-    rating  0..5 of the judge, or None; draws: random.Random for choices lmms-eval cannot read"""
+    rule comes first: the paper uses it "as-is" (appendix B). rating: 0..5 of the judge, or None.
+    draws: random.Random for choices that lmms-eval cannot read."""
     choices = line.get("choices")
     if line["task"] == "asr":
         unit = "CER" if pattern("unspaced").search(line["response"]) else "WER"
@@ -391,8 +390,8 @@ def shown(results):
 
 
 def family_means(results):
-    """Of results with arm, data and seed the means of a family's benchmarks with the same metric,
-    those that all arms have (tables 4 and 5)."""
+    """The means of a family's benchmarks with the same metric, those that all arms have (tables 4
+    and 5)."""
     groups = {}    # {(family, metric): {(arm, data, seed): {benchmark: value}}}
     for r in results:
         if r.get("family"):
@@ -409,11 +408,11 @@ def family_means(results):
 
 
 def score(args):
-    """Answers to rows, and how good they are.
+    """Answers to rows, and how good they are. A stopped run goes on with the same command.
 
     Rows of task asr: WER; with choices: accuracy, F1; caption, music, spoken_instruction, text:
     rated by a judge, if there is one; others: exact match. A benchmark has the paper's limit of
-    tokens and lmms-eval's rule, ours beside it. A stopped run goes on with the same command."""
+    tokens and lmms-eval's rule, ours beside it."""
     if args.out and len(args.data) > 1:
         raise InputError("--out takes the answers to one set; leave it out")
     sources = {name: open_source(name) for name in args.data}    # a wrong name shows at once
@@ -612,21 +611,17 @@ def pitch_recall(z_hat, z, expert):
 
 
 def picture(task, z_hat, z, expert):
-    """(student (K, L), expert (K, L), [names of the K rows]) of features (L, E): emotions, if the
-    expert's file names them, the contour, ten events, else the dimensions that vary most."""
-    rows, names = slice(None), []
+    """(student (K, L), expert (K, L)) of features (L, E): emotions, if the expert's file has them,
+    the contour, the ten strongest events, else the 64 dimensions that vary most."""
     if task == "affect" and expert.readout:
-        z_hat, z = (expert.readout(x).softmax(1) for x in (z_hat, z))
-        names = expert.EMOTIONS
-    elif task == "pitch":    # the strongest third of each semitone
-        z_hat, z = (expert.readout(x).sigmoid().unflatten(1, (88, 3)).amax(2) for x in (z_hat, z))
-    elif task == "sound":
+        return [expert.readout(x).softmax(1).T for x in (z_hat, z)]
+    if task == "pitch":    # the strongest third of each semitone
+        return [expert.readout(x).sigmoid().unflatten(1, (88, 3)).amax(2).T for x in (z_hat, z)]
+    if task == "sound":
         z_hat, z = (expert.readout(x).sigmoid() for x in (z_hat, z))
-        rows = z.amax(0).topk(10).indices.flip(0)
-        names = [f"event {i}" for i in rows.tolist()]
-    else:
-        rows = z.var(0).topk(min(64, z.shape[1])).indices
-    return z_hat.T[rows], z.T[rows], names
+    strength = z.amax(0) if task == "sound" else z.var(0)
+    top = strength.topk(10 if task == "sound" else min(64, len(strength))).indices
+    return z_hat.T[top], z.T[top]
 
 
 def show(args):
@@ -643,12 +638,11 @@ def show(args):
         told["pitch_recall"] = pitch_recall(student["pitch"], target["pitch"], experts["pitch"])
     figure = Figure(figsize=(9, 2.4 * len(heads)), dpi=80, layout="constrained")
     for task, axes in zip(heads, figure.subplots(len(heads), 2, squeeze=False)):
-        *images, names = picture(task, student[task], target[task], experts[task])
+        images = picture(task, student[task], target[task], experts[task])
         low, high = np.quantile(images[1].cpu(), [0.01, 0.99])
         for axis, image in zip(axes, images):
             axis.imshow(image.cpu().numpy(), aspect="auto", origin="lower", vmin=low, vmax=high,
-                        extent=(0, len(wave) / rate, -0.5, len(image) - 0.5))
-            axis.set_yticks(range(len(names)), names)
+                        interpolation="nearest", extent=(0, len(wave) / rate, 0, len(image)))
         axes[0].set_title(", ".join(f"{term}: {loss:.2f} unexplained" for term, loss
                                     in losses.items() if term.startswith(task)), fontsize=9)
         axes[1].set_title(type(experts[task]).__name__, fontsize=9)
@@ -665,7 +659,7 @@ def frames(args):
     coat, experts, heads = load_heads(args)
     found = [reconstruct(coat, experts, heads, source.load(i)) for i in with_audio(source)]
     if len(found) < 2:
-        raise InputError(f"{len(found)} rows have audio that can be used; give two or more")
+        raise InputError("give two or more rows with audio")
     results = {}
     for task in heads:
         pairs = [(student[task], target[task]) for student, target, _ in found]
@@ -711,8 +705,8 @@ def probe(args):
     """Linear probes of the thinking states (section 4.4: figure 3, table 3).
 
     think: of their mean; pre-gen: of the state before the answer; rho: Spearman's, between the
-    probe's confidence in the true label and right answers. A run stands for all its checkpoints, a
-    backbone is the baseline without a block. Rows without the key of --label are left out."""
+    probe's confidence in the true label and right answers. A run stands for all its checkpoints.
+    Rows without the key of --label are left out."""
     source = open_source(args.data)
     usable = with_audio(source)
     results = []
@@ -847,8 +841,7 @@ def compare(args):
         for data in [r["data"]] if r["data"] else all_data:
             seeds = found.setdefault((data, question), {}).setdefault(r["arm"], {})
             if r["seed"] in seeds:
-                raise InputError(f"{question} of \"{r['arm']}\", trained on {data} with seed "
-                                 f"{r['seed']}, comes twice; leave one out")
+                raise InputError(f"{question} of {r['arm']}, {data}, seed {r['seed']}, comes twice")
             seeds[r["seed"]] = r["value"]
 
     first = results[0]["arm"]
