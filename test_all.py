@@ -153,7 +153,7 @@ def test_head_looks_both_ways_and_never_beyond_its_clip(kind, reach, width):
 
 
 @pytest.mark.parametrize("task", ["recon", "speech", "sound", "affect", "pitch", "another"])
-def test_loss_is_0_at_the_teacher_and_1_at_the_best_constant_answer(task):
+def test_loss_is_0_at_the_expert_and_1_at_the_best_constant_answer(task):
     """Every L_k of section 3.3, with what compensates for its scale (appendix A)."""
     readout = torch.nn.Linear(6, 4).requires_grad_(False)
     clips = [3 * torch.randn(40, 6) + 1, 3 * torch.randn(25, 6) + 1]
@@ -177,7 +177,7 @@ def test_loss_is_0_at_the_teacher_and_1_at_the_best_constant_answer(task):
 
 @pytest.mark.parametrize("seconds", [0.3, 1, 3.77])
 def test_a_click_shows_at_its_own_token(seconds):
-    """Teachers of any frame rate are brought to the 25 Hz of the thinking tokens (section 3.3)."""
+    """Features of any frame rate are brought to the 25 Hz of the thinking tokens (section 3.3)."""
     affect, sound, pitch = an_expert("affect"), an_expert("sound"), an_expert("pitch")
 
     def amplitude(wave):
