@@ -124,7 +124,10 @@ def read_audio(clip, start=None, end=None, name=None, decode=True):
     peak = np.abs(frames).max()
     if not peak <= MAX_PEAK:    # so that NaN is refused too
         raise InputError(f"'{name}' has samples up to {peak:g}; divide integers stored as float")
-    return torch.from_numpy(frames).mean(1), rate
+    wave = torch.from_numpy(frames).mean(1)
+    if peak and not wave.any():
+        raise InputError(f"the channels of '{name}' cancel each other; give one of them")
+    return wave, rate
 
 
 # --------------------------------------------------------------------------------------------------
@@ -647,7 +650,7 @@ def make_rows(spec, cells, root="", audio=None):
     def fill(key):
         return [text.format_map(cells) for text in as_list(spec.get(key))]
 
-    for place in fill("audio"):
+    for place in filter(None, fill("audio")):
         audio = audio or find_audio(os.path.join(root, place))
     if spec.get("audio") and not audio:
         raise LeftOut("no audio file")
@@ -731,6 +734,8 @@ def find_choice(answer, choices, by_letter=False):
     if found:
         name = found[1]
         number = int(name) if name.isdigit() else LETTERS.index(name.upper())
+        if name.isdigit() and any(text.isdigit() for text in texts):    # it is a text, of no choice
+            return None
         if number < len(texts) and (by_letter or found[2].casefold() in ("", texts[number])):
             return number
     return None
@@ -742,8 +747,9 @@ def find_audio(place):
     if os.path.isfile(place):
         return place
     folder, name = os.path.split(os.path.normpath(place))
-    found = listing(folder).get(name.lower()) or listing(folder).get(
-        os.path.splitext(name)[0].lower(), [None])
+    name = name.lower()
+    stem = os.path.splitext(name)[0] if name.endswith(SOUNDS) else name
+    found = listing(folder).get(name) or listing(folder).get(stem, [None])
     if len(found) > 1:
         raise LeftOut("several audio files of its name")
     return found[0]
@@ -824,8 +830,11 @@ def open_dataset(place, config=None, split=None, **options):
     files = glob.glob(place)
     if os.path.isdir(place):
         found = glob.glob(f"{glob.escape(place)}/**/*.parquet", recursive=True)
-        files = [path for path in found if all(
-            word in os.path.relpath(path, place) for word in (config, split) if word)]
+        files = [path for path in found if all(    # as whole words of the path
+            re.search(rf"(^|[-./]){re.escape(word)}($|[-./])", os.path.relpath(path, place))
+            for word in (config, split) if word)]
+        if not split and len({os.path.basename(path).split("-")[0] for path in files}) > 1:
+            raise InputError(f"'{place}' holds several splits; choose one")
         if found and not files:
             raise InputError(f"'{place}' has no parquet file of {config or ''} {split}")
     if files:
@@ -908,10 +917,19 @@ def layout_of(name):
     return f"{name} has to lie as {table}, audio {audio or 'none'}{CORPORA[name].get('about', '')}"
 
 
+def segment_of(cells):
+    """What make_rows takes of an item that is a part of its file."""
+    keys = ("start", "end")
+    given = all(cells.get(key) not in (None, "") for key in keys)
+    return {key: f"{{{key}}}" for key in keys} if given else {}
+
+
 def any_table(args):
     """The flags name the columns."""
     labels = {}
     if args.name == "hub":
+        if len(args.split or ()) > 1:
+            raise InputError("hub: one --split at a time")
         table = open_dataset(args.root, args.config, args.split and args.split[0])
         labels = {name: kind.names for name, kind in table.features.items()
                   if hasattr(kind, "names")}    # stored as numbers
@@ -923,7 +941,8 @@ def any_table(args):
         if not prompt and not args.question and (
                 args.choices or not audio or "{}" in "".join(WORDINGS[args.task])):
             raise InputError("give --prompt or --question, or --audio and a --task such as asr")
-        cells |= {name: names[cells[name]] for name, names in labels.items()}
+        cells |= {name: dict(enumerate(names)).get(cells[name], "")    # -1, or null, is no label
+                  for name, names in labels.items()}
         response = cells[args.response]
         question = cells[prompt] if prompt else (args.question or "").format_map(cells)
         clip = cells[audio] if audio else None
@@ -933,12 +952,14 @@ def any_table(args):
             continue
         if isinstance(clip, dict) and clip["bytes"]:    # of a data set; written as it is stored
             ending = os.path.splitext(clip["path"] or "")[1]
-            path = f"{args.clips}/{i:07}{ending or '.' + Sound(clip['bytes']).format.lower()}"
+            name = hashlib.md5(clip["bytes"]).hexdigest()[:16]    # another split keeps its own
+            path = f"{args.clips}/{name}{ending or '.' + Sound(clip['bytes']).format.lower()}"
             os.makedirs(args.clips, exist_ok=True)
             with open(path, "wb") as file:
                 file.write(clip["bytes"])
             clip = {"path": os.path.abspath(path)}
-        spec = {"task": args.task, "response": "{response}", "choices": args.choices,
+        spec = segment_of(cells) | {
+                "task": args.task, "response": "{response}", "choices": args.choices,
                 "wordings": ["{}"] if question else None, "question": "{question}",
                 "audio": audio and "{clip}", "more": {
                     f"{name}_" if name in (*KINDS, *LOADED_KEYS) else name: cells[name]
@@ -948,6 +969,7 @@ def any_table(args):
         yield spec, cells, os.path.dirname(args.root)
 
 
+ROLES = (["user", "assistant"], ["human", "gpt"], ["user", "gpt"], ["human", "assistant"])
 CLIP_KEYS = ("audios", "audio", "sounds", "sound", "audio_url", "path", "url")
 MARK = re.compile(r"<\|?(?:audio|sound|speech|music|voice)\w*\|?>", re.I)    # of a clip in a text
 
@@ -965,19 +987,23 @@ def any_messages(args):
         paths = [[part[key] for part in of_turn for key in CLIP_KEYS if part.get(key)]
                  for of_turn in parts]
         clips = [clip for key in CLIP_KEYS for clip in as_list(item.get(key))] or sum(paths, [])
-        other = [key for key in item if str(item[key]).lower().rstrip("]'").endswith(SOUNDS)]
-        if roles[1:] not in (["assistant"], ["gpt"]) or item.get("system") or item.get("history"):
+        other = [key for key in item if str(item[key]).lower().rstrip("]'").endswith(SOUNDS)
+                 or item[key] and re.search("audio|sound|clip|wav", key)]
+        other += [part["type"] for part in sum(parts, []) if part.get("type", "text") != "text"]
+        if roles not in ROLES or item.get("system") or item.get("history"):
             yield "not of one question and one answer"
         elif paths[1] or MARK.search(texts[1]):
             yield "with a clip in the answer"
         elif len(clips) > 1 or len(MARK.findall(texts[0])) > 1:
             yield "with several clips"
+        elif any(not isinstance(clip, str) for clip in clips):
+            yield "with a clip that is no path"
         elif not clips and (other or MARK.search(texts[0])):
             yield f"with a clip under '{''.join(other[:1])}', not 'audio'"
         else:
             spec = {"task": args.task, "question": "{q}", "response": "{a}", "wordings": ["{}"],
-                    "audio": clips and "{clip}"}
-            cells = {"q": MARK.sub("", texts[0]), "a": texts[1], "clip": "".join(clips)}
+                    "audio": clips and "{clip}"} | segment_of(item)
+            cells = item | {"q": MARK.sub("", texts[0]), "a": texts[1], "clip": "".join(clips)}
             yield spec, cells, os.path.dirname(args.root)
 
 
@@ -1017,7 +1043,7 @@ def convert(args):
                     parse_row(line.encode(), "that training would refuse")
                     print(line)
                     written += 1
-            except (LeftOut, InputError, UnicodeError) as e:
+            except (LeftOut, ValueError) as e:
                 left_out[str(e)] += 1
     except LookupError as e:
         raise InputError(f"'{args.root}' has no column {e}") from e

@@ -502,7 +502,9 @@ class CoAT(nn.Module):
         wave    (N,) floats in [-1, 1], mono, numpy or torch, `rate` a second; None: no audio"""
         if not isinstance(wave, (list, tuple)):
             return self.answer([wave], [rate], [question], max_new_tokens)[0]
-        waves = [clip if clip is None else at_rate(as_wave(clip), hertz, SAMPLE_RATE)
+        if isinstance(question, str):
+            raise InputError("of several clips give a list of questions, too")
+        waves = [clip if clip is None else at_rate(as_wave(clip), int(hertz), SAMPLE_RATE)
                  for clip, hertz in zip(wave, rate, strict=True)]
         return self.generate(build_inputs(self, waves, question), max_new_tokens)
 

@@ -1238,7 +1238,7 @@ def test_any_data_set_becomes_rows_and_clips(tmp_path, capsys, kind):
                             clips=str(tmp_path / "clips"))
     assert [row["response"] for row in found] == (["dog", "cat"] if kind == "disk" else ["1", "0"])
     for i, row in enumerate(found):
-        assert row["audio"] == str(tmp_path / f"clips/000000{i}.flac")
+        assert Path(row["audio"]).parent == tmp_path / "clips"
         assert Path(row["audio"]).read_bytes() == (tmp_path / f"{i}.flac").read_bytes()
 
 
