@@ -958,12 +958,11 @@ def any_table(args):
             with open(path, "wb") as file:
                 file.write(clip["bytes"])
             clip = {"path": os.path.abspath(path)}
-        spec = segment_of(cells) | {
-                "task": args.task, "response": "{response}", "choices": args.choices,
+        spec = {"task": args.task, "response": "{response}", "choices": args.choices,
                 "wordings": ["{}"] if question else None, "question": "{question}",
                 "audio": audio and "{clip}", "more": {
                     f"{name}_" if name in (*KINDS, *LOADED_KEYS) else name: cells[name]
-                    for name in args.keep}}
+                    for name in args.keep}} | segment_of(cells)
         cells |= {"response": response, "question": question,
                   "clip": clip["path"] if isinstance(clip, dict) else clip}
         yield spec, cells, os.path.dirname(args.root)

@@ -36,12 +36,11 @@ import safetensors.torch
 import torch
 from huggingface_hub.utils import http_backoff
 
-from data import (Rows, collate, expert_targets, fingerprint, open_source, parse_row, read_audio,
-                  usable_rows)
+from data import (SOUNDS, Rows, collate, expert_targets, fingerprint, open_source, parse_row,
+                  read_audio, usable_rows)
 from experts import EXPERTS, load_experts
 from heads import heads_for
 
-AUDIO = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
 # Tasks whose answers a judge rates (appendix B)
 JUDGED = ("caption", "music", "spoken_instruction", "text")
 CONTOUR_ON = 0.3    # a pitch is there: the frame threshold of basic-pitch
@@ -119,7 +118,7 @@ def rows_to_ask(args):
         files = [path]
         if os.path.isdir(path):
             files = [os.path.join(path, name) for name in sorted(os.listdir(path))
-                     if name.lower().endswith(AUDIO)]
+                     if name.lower().endswith(SOUNDS)]
         rows += [{"audio": file, "prompt": question, "response": "", "start": args.start,
                   "end": args.end} for file in files]
     if not rows or os.path.exists(question) or any(path.endswith(".jsonl") for path in clips):
