@@ -66,12 +66,10 @@ def one_line_errors(*kinds, less_memory="a smaller batch, or shorter clips"):
 # The programs import this file first, so that a library which is missing or broken is one line too.
 one_line_errors(ImportError, OSError, RuntimeError, KeyboardInterrupt)
 
-import peft
 import torch
 import torch.nn.functional as F
 import torchaudio
 import transformers
-from peft.tuners.lora import LoraLayer
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
@@ -109,27 +107,12 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 # --------------------------------------------------------------------------------------------------
 # Backbones: a row of the table says what differs
 
-# The blocks of Omni's vision tower are neither built nor read, see read_backbone.
-OmniThinker = transformers.Qwen2_5OmniThinkerForConditionalGeneration
-OmniThinker._keys_to_ignore_on_load_unexpected = [r"\bvisual\.blocks\."]
-
-
-class Qwen2_5OmniProcessor(transformers.Qwen2_5OmniProcessor):
-    """Text and audio only; images and video would need Pillow and torchvision."""
-
-    def __init__(self, feature_extractor=None, tokenizer=None, chat_template=None):
-        skipped = super(transformers.Qwen2_5OmniProcessor, self)
-        skipped.__init__(feature_extractor, tokenizer, chat_template=chat_template)
-        self.audio_token = "<|AUDIO|>"
-        self.audio_token_id = tokenizer.convert_tokens_to_ids("<|AUDIO|>")
-
-
 @dataclass(frozen=True)
 class Backbone:
     hub_id: str           # where its files are by default
     licence: str
-    model_class: type
-    processor_class: type
+    model: str            # its class in transformers, as the next one imported when it is used:
+    processor: str        # that takes two seconds
     model_types: tuple    # config.json of a folder that fits says one of these
     audio_marks: str      # how the chat template writes a clip
     audio_token: str = "<|AUDIO|>"    # the placeholder in it, which becomes L_a ids
@@ -144,20 +127,38 @@ class Backbone:
     text_config: dict = field(default_factory=dict)
     audio_config: dict = field(default_factory=dict)
 
+    @property
+    def model_class(self):
+        return getattr(transformers, self.model)
+
+    @property
+    def processor_class(self):
+        return omni_processor() if "Omni" in self.processor else getattr(transformers, self.processor)
+
+
+@functools.cache
+def omni_processor():
+    """Omni's class, for text and audio only; images and video would need Pillow and torchvision."""
+    class Qwen2_5OmniProcessor(transformers.Qwen2_5OmniProcessor):
+        def __init__(self, feature_extractor=None, tokenizer=None, chat_template=None):
+            skipped = super(transformers.Qwen2_5OmniProcessor, self)
+            skipped.__init__(feature_extractor, tokenizer, chat_template=chat_template)
+            self.audio_token = "<|AUDIO|>"
+            self.audio_token_id = tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    return Qwen2_5OmniProcessor
+
 
 BACKBONES = {
     "qwen2-audio": Backbone(
         hub_id="Qwen/Qwen2-Audio-7B-Instruct", licence="apache-2.0",
-        model_class=transformers.Qwen2AudioForConditionalGeneration,
-        processor_class=transformers.Qwen2AudioProcessor,
+        model="Qwen2AudioForConditionalGeneration", processor="Qwen2AudioProcessor",
         model_types=("qwen2_audio",),
         audio_marks="Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n",
         text_config=dict(vocab_size=156032, intermediate_size=11008)),
     # Its extractor would pad every clip to 300 s.
     "qwen2.5-omni": Backbone(
         hub_id="Qwen/Qwen2.5-Omni-7B", licence="apache-2.0",
-        model_class=OmniThinker,
-        processor_class=Qwen2_5OmniProcessor,
+        model="Qwen2_5OmniThinkerForConditionalGeneration", processor="Qwen2_5OmniProcessor",
         model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
         audio_marks="<|audio_bos|><|AUDIO|><|audio_eos|>",
         piece_seconds=MAX_SECONDS,
@@ -165,8 +166,7 @@ BACKBONES = {
     # Its processor cuts 30 s windows itself.
     "audio-flamingo-3": Backbone(
         hub_id="nvidia/audio-flamingo-3-hf", licence="other (NVIDIA OneWay, non-commercial)",
-        model_class=transformers.AudioFlamingo3ForConditionalGeneration,
-        processor_class=transformers.AudioFlamingo3Processor,
+        model="AudioFlamingo3ForConditionalGeneration", processor="AudioFlamingo3Processor",
         model_types=("audioflamingo3",),
         audio_marks="<sound>", audio_token="<sound>",
         piece_seconds=MAX_SECONDS,
@@ -378,7 +378,12 @@ class CoAT(nn.Module):
     @property
     def hf(self):
         """The model of transformers."""
-        return self.lm.get_base_model() if isinstance(self.lm, peft.PeftModel) else self.lm
+        return self.lm.get_base_model() if self.has_adapter else self.lm
+
+    @property
+    def has_adapter(self):
+        """Whether `lm` is a PeftModel."""
+        return hasattr(self.lm, "get_base_model")
 
     @property
     def spec(self):
@@ -417,11 +422,35 @@ class CoAT(nn.Module):
         embeds = []
         hook = self.hf.model.language_model.register_forward_pre_hook(
             lambda module, args, inputs: embeds.append(inputs["inputs_embeds"]), with_kwargs=True)
-        with hook:
+        with hook, self.short_windows(audio):
             out = self.hf.model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                 position_ids=batch["position_ids"], **audio, **kwargs)
         return out.last_hidden_state, embeds[0]
+
+    @contextlib.contextmanager
+    def short_windows(self, audio):
+        """Cuts the windows of a tower of Whisper's kind to the longest piece of the batch. It would
+        compute 30 s of each, and what it makes of padding is masked."""
+        tower = self.hf.model.audio_tower
+        if not audio or not hasattr(tower, "embed_positions"):    # Omni's takes true lengths
+            yield
+            return
+        mask = next(value for name, value in audio.items() if name.endswith("mask"))
+        window = mask.shape[1]
+        # The convolutions at the last frame see two more; they and pooling halve twice.
+        frames = min(window, math.ceil((int(mask.sum(1).max()) + 2) / 4) * 4)
+        for name, value in audio.items():
+            audio[name] = value[..., :frames] if value.shape[-1] == window else value
+        positions = tower.embed_positions.weight
+        whole = positions.data
+        try:
+            positions.data = whole[:frames // 2]
+            tower.config.max_source_positions = frames // 2
+            yield
+        finally:
+            positions.data = whole
+            tower.config.max_source_positions = window // 2
 
     def forward(self, batch):
         """A batch of build_inputs -> Output. Logits are computed at the response alone."""
@@ -513,10 +542,10 @@ class CoAT(nn.Module):
         self.eval()    # ends checkpoint_activations, which would drop the cache
         for layer in self.hf.model.language_model.layers:
             layer._compiled_call_impl = None    # ends compile_layers
-        if isinstance(self.lm, peft.PeftModel):
+        if self.has_adapter:
             dtype = self.hf.dtype
             for module in self.lm.modules():
-                if isinstance(module, LoraLayer):    # peft would round before it adds
+                if hasattr(module, "lora_A"):    # peft would round before it adds
                     module.base_layer.float()
                     module.merge()
                     module.base_layer.to(dtype)
@@ -528,7 +557,7 @@ class CoAT(nn.Module):
     def save(self, folder):
         """Writes a plain PEFT adapter or, once merged, a plain transformers model, with the
         processor, and in coat.json what load_coat has to know."""
-        is_adapter = isinstance(self.lm, peft.PeftModel)
+        is_adapter = self.has_adapter
         if is_adapter:
             self.lm.save_pretrained(folder, save_embedding_layers=False)
         else:    # transformers' generate finds in its settings what `stream` does
@@ -621,6 +650,7 @@ def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype
     if adapter:
         lm = load_adapter(lm, adapter, name, trainable)
     elif trainable:
+        import peft
         lm = peft.get_peft_model(lm, peft.LoraConfig(
             r=BACKBONES[name].lora_r, lora_alpha=BACKBONES[name].lora_alpha,
             target_modules=LORA_TARGETS, trainable_token_indices={"embed_tokens": think_ids},
@@ -630,7 +660,7 @@ def load_coat(name="tiny", model_path=None, trainable=False, device="cpu", dtype
             if p.requires_grad:
                 p.data = p.data.float()
         for module in lm.modules():
-            if isinstance(module, LoraLayer):
+            if hasattr(module, "lora_A"):
                 module.cast_input_dtype_enabled = False    # autocast does; an fp32 copy would stay
     return CoAT(lm, processor, name, model_path, think)
 
@@ -675,6 +705,8 @@ def read_backbone(backbone, place, revision, device, dtype):
     config = backbone.model_class.config_class.from_pretrained(place, revision=revision)
     if backbone.model_types[0] == "qwen2_5_omni":
         config.vision_config.depth = 0    # also in what is saved, for plain transformers
+        # The blocks of its vision tower are neither built nor read.
+        backbone.model_class._keys_to_ignore_on_load_unexpected = [r"\bvisual\.blocks\."]
     model = read_weights(backbone.model_class, place, revision=revision, config=config, dtype=dtype,
                          device_map=device)
     audio_id = model.config.audio_token_id
@@ -753,6 +785,7 @@ def add_tokens(model, tokenizer, tokens=(THINK_START, THINK, THINK_END)):
 
 def load_adapter(lm, folder, name, trainable=False):
     """The PeftModel of a saved adapter. Raises InputError."""
+    import peft
     with reading(f"the adapter in '{folder}' for {name}"):
         config = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = not trainable

@@ -289,6 +289,21 @@ def test_batch_gives_each_row_what_it_gets_alone(coat, rows):
         assert not out.think_states[i, n:].any()
 
 
+def test_tower_hears_the_same_in_windows_as_long_as_the_longest_clip(coat, monkeypatch):
+    tower = coat.hf.model.audio_tower
+    whole = {name: value.clone() for name, value in tower.state_dict().items()}
+    batch = build_inputs(coat, [noise(0.53), noise(1.9, 1)], ["a", "b"], ["c", "d"])
+    widths = []
+    with tower.conv1.register_forward_hook(lambda module, args, out: widths.append(out.shape[-1])):
+        short = coat(batch)
+        monkeypatch.setattr(type(coat), "short_windows", lambda *args: contextlib.nullcontext())
+        long = coat(batch)
+    for a, b in zip(short[:2], long[:2]):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert widths[0] < widths[1] or coat.name == "qwen2.5-omni"
+    assert all(torch.equal(value, whole[name]) for name, value in tower.state_dict().items())
+
+
 def test_audio_embeds_are_the_projected_tower_and_build_no_graph(coat):
     batch = build_inputs(coat, [noise(0.1), None, noise(31, 1)], ["a", "t", "b"], ["c", "d", "e"])
     inner = coat.hf.model
@@ -1971,8 +1986,9 @@ def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
     ("peft", "import no_such_package", "No module named 'no_such_package'")])
 def test_library_that_does_not_import_is_one_line(package, code, words, tmp_path):
     write(tmp_path / f"{package}.py", code)
-    done = subprocess.run([sys.executable, "-c", "import model"], cwd=HERE, capture_output=True,
-                          text=True, timeout=100, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-c", "import model; model.load_coat(trainable=True)"],
+                          cwd=HERE, capture_output=True, text=True, timeout=100,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1 and re.fullmatch(f"error: .*{words}.*\n", done.stderr)
 
 
