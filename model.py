@@ -111,8 +111,8 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 class Backbone:
     hub_id: str           # where its files are by default
     licence: str
-    model: str            # its class in transformers, as the next one imported when it is used:
-    processor: str        # that takes two seconds
+    model: str            # classes of transformers, imported when they are used, since that
+    processor: str        # takes two seconds
     model_types: tuple    # config.json of a folder that fits says one of these
     audio_marks: str      # how the chat template writes a clip
     audio_token: str = "<|AUDIO|>"    # the placeholder in it, which becomes L_a ids
@@ -133,7 +133,8 @@ class Backbone:
 
     @property
     def processor_class(self):
-        return omni_processor() if "Omni" in self.processor else getattr(transformers, self.processor)
+        is_omni = "Omni" in self.processor
+        return omni_processor() if is_omni else getattr(transformers, self.processor)
 
 
 @functools.cache

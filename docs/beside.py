@@ -5,15 +5,17 @@
     python docs/beside.py training tiny30 clips/rows.jsonl   # train.py and Trainer, in turn
     python docs/beside.py answers merged clips/rows.jsonl    # score, generate and vLLM, in turn
 
-`trainer`, `generate` and `vllm` are the other ways, written as the documentation of the libraries
-shows them; the stopwatch starts them. `answers` takes a folder that `infer.py merge` wrote and, for
-vLLM, the python of an environment that has it (--vllm).
+`trainer`, `swift`, `generate` and `vllm` are the other ways, written as the documentation of the
+libraries shows them; the stopwatch starts them. `answers` takes a folder that `infer.py merge`
+wrote. ms-swift and vLLM want environments of their own (--swift, --vllm).
 """
 import argparse
 import dataclasses
 import functools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -115,6 +117,36 @@ def trainer(args):
                          callbacks=[Steps()]).train()
 
 
+def swift(args):
+    """The same with ms-swift, in whose environment this runs. Its model wants a key in config.json
+    that transformers no longer writes."""
+    with tempfile.TemporaryDirectory() as out:
+        shutil.copytree(args.folder, f"{out}/model")
+        with open(f"{out}/model/config.json") as file:
+            config = json.load(file) | {"ignore_index": -100}
+        with open(f"{out}/model/config.json", "w") as file:
+            json.dump(config, file)
+        with open(f"{out}/rows.jsonl", "w") as file:
+            for row in read_rows(args.rows):
+                turns = [{"role": "user", "content": "<audio>" + row["prompt"]},
+                         {"role": "assistant", "content": row["response"]}]
+                item = {"messages": turns, "audios": [os.path.abspath(row["audio"])]}
+                file.write(json.dumps(item) + "\n")
+        flags = {
+            "model": f"{out}/model", "model_type": "qwen2_audio", "template": "qwen2_audio",
+            "dataset": f"{out}/rows.jsonl", "split_dataset_ratio": 0, "lazy_tokenize": "true",
+            "check_model": "false", "use_cpu": "true", "torch_dtype": "float32", "fp16": "false",
+            "tuner_type": "lora", "lora_rank": 16, "lora_alpha": 32, "target_regex": MAPS,
+            "per_device_train_batch_size": args.batch, "gradient_accumulation_steps": 1,
+            "max_steps": args.steps, "gradient_checkpointing": "false", "logging_steps": 1,
+            "dataloader_num_workers": args.workers, "eval_strategy": "no", "save_strategy": "no",
+            "report_to": "none", "output_dir": f"{out}/run"}
+        command = [os.path.join(os.path.dirname(sys.executable), "swift"), "sft"]
+        command += [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
+        offline = {"USE_HF": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
+        subprocess.run(command, check=True, env=os.environ | offline, stderr=subprocess.STDOUT)
+
+
 def with_waves(processor, path):
     """Yields (prompt with its block, wave) of each row."""
     for row in read_rows(path):
@@ -146,7 +178,8 @@ def vllm(args):
     import transformers
     from vllm import LLM, SamplingParams
     processor = transformers.AutoProcessor.from_pretrained(args.folder)
-    model = LLM(args.folder, limit_mm_per_prompt={"audio": 1}, dtype="float32", seed=0)
+    model = LLM(args.folder, limit_mm_per_prompt={"audio": 1}, dtype="float32",
+                gpu_memory_utilization=0.3)    # on a CPU, of its memory
     never = {i: -100 for i in processor.tokenizer.convert_tokens_to_ids(NEVER)}
     settings = SamplingParams(temperature=0, max_tokens=args.max_new_tokens, logit_bias=never)
     prompts = [{"prompt": prompt, "multi_modal_data": {"audio": (wave, 16000)}}
@@ -165,8 +198,8 @@ def watch(command):
     steps, lines = {}, []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("step "):
-            steps[int(line[5:].split("/")[0])] = time.time() - start
+        if found := re.search(r"\b(?:step |global_step/max_steps': ')(\d+)/", line):
+            steps[int(found[1])] = time.time() - start
     _, status, used = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"failed: {' '.join(map(str, command))}")
@@ -193,7 +226,7 @@ def in_turn(ways, times):
 
 
 def training(args):
-    """Rows a second, seconds to the first step, and GiB, of train.py and of Trainer."""
+    """Rows a second, seconds to the first step, and GiB, of train.py and of the others."""
     ours = [sys.executable, f"{PROGRAMS}/train.py", "--backbone", "qwen2-audio", "--device", "cpu",
             "--model-path", args.folder, "--data", args.rows, "--batch", args.batch,
             "--no-checkpointing", "--random-experts", "--calibrate", 8, "--heldout", 0,
@@ -208,12 +241,14 @@ def training(args):
         "block, recon and pitch": [*ours, "--stage", f"{args.steps}:recon,pitch"],
         "block, five experts": [*ours, "--stage", f"{args.steps}:all"],
     }
+    if args.swift:
+        commands["ms-swift"] = [args.swift, HERE, "swift", *theirs[3:]]
 
     def way(command):
         with tempfile.TemporaryDirectory() as out:
             steps, _, _, gib = watch([*command, "--out", f"{out}/run"] if command[1] != HERE
                                      else command)
-        rate = args.batch * (args.steps - 2) / (steps[args.steps] - steps[2])
+        rate = args.batch * (args.steps - 1) / (steps[args.steps] - steps[1])
         return {"rows/s": rate, "first step, s": steps[1], "GiB": gib}
 
     in_turn({name: functools.partial(way, command) for name, command in commands.items()
@@ -221,13 +256,14 @@ def training(args):
 
 
 def answers(args):
-    """Answers a minute once started, seconds in all, GiB, and how many answers are those of `score`."""
+    """Answers a minute once started, seconds in all, GiB, and how many are those of `score`."""
     whole = read_rows(args.rows)
     first = {}    # answers of `score`
 
     def score(path, out):
         found = watch([sys.executable, f"{PROGRAMS}/infer.py", "score", args.folder, path, "--out",
-                       out, "--batch", 16, "--max-new-tokens", args.max_new_tokens])
+                       out, "--batch", 16, "--device", "cpu", "--max-new-tokens",
+                       args.max_new_tokens])
         lines = sorted(map(json.loads, open(out)), key=lambda line: line.get("row", -1))
         return *found[2:], [line["answer"] for line in lines if "answer" in line]
 
@@ -261,7 +297,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    commands = (folder, rows, trainer, generate, vllm, training, answers)
+    commands = (folder, rows, trainer, swift, generate, vllm, training, answers)
     add("command", choices=[command.__name__ for command in commands])
     add("folder")
     add("rows", nargs="?")
@@ -277,7 +313,8 @@ def main():
     add("--max-new-tokens", type=int, default=20)
     add("--times", type=int, default=3)
     add("--only", nargs="+")
-    add("--vllm")
+    add("--vllm", help="python of its environment")
+    add("--swift", help="python of the environment of ms-swift")
     args = parser.parse_args()
     globals()[args.command](args)
 
