@@ -175,8 +175,8 @@ BACKBONES = {
         text_config=dict(vocab_size=151672, hidden_size=3584, intermediate_size=18944,
                          num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)),
 }
-# Random, of variance 1 / fan-in, so that signals keep their size; a short window, since a tower
-# computes all of it; wide adapters, since nothing in it is worth keeping.
+# Random, of variance 1 / fan-in, so that signals keep their size; a short window, since the
+# spectrogram is that of all of it; wide adapters, since nothing in it is worth keeping.
 BACKBONES["tiny"] = replace(
     BACKBONES["qwen2-audio"],
     hub_id="", lora_r=32, lora_alpha=64, piece_seconds=4,

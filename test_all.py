@@ -42,7 +42,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")    # each of two processes has its
 import datasets
 import filelock
 import numpy as np
-import peft
 import pytest
 import safetensors.torch
 import sklearn.metrics
@@ -89,8 +88,7 @@ def test_training_sees_the_ids_of_inference(coat, rows):
         n = asked["input_ids"].shape[1]
         assert torch.equal(trained["input_ids"][:, :n], asked["input_ids"])
         assert (trained["labels"][:, :n] == IGNORE).all()
-        said = coat.processor.tokenizer.decode(trained["labels"][0, n:])
-        assert said == response + "<|im_end|>"
+        assert coat.processor.decode(trained["labels"][0, n:]) == response + "<|im_end|>"
 
 
 def test_block_has_L_a_plus_2_ids_from_a_tenth_of_a_second_to_two_minutes(coat):
@@ -298,10 +296,9 @@ def test_tower_hears_the_same_in_windows_as_long_as_the_longest_clip(coat, monke
         short = coat(batch)
         monkeypatch.setattr(type(coat), "short_windows", lambda *args: contextlib.nullcontext())
         long = coat(batch)
-    for a, b in zip(short[:2], long[:2]):
-        assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert_close(short[:2], long[:2], rtol=1e-4, atol=1e-5)
     assert widths[0] < widths[1] or coat.name == "qwen2.5-omni"
-    assert all(torch.equal(value, whole[name]) for name, value in tower.state_dict().items())
+    assert all(torch.equal(value, whole[key]) for key, value in tower.state_dict().items())
 
 
 def test_audio_embeds_are_the_projected_tower_and_build_no_graph(coat):
@@ -350,7 +347,7 @@ def test_bf16_trains_as_fp32_does_and_merges_with_one_rounding(coat, hub):
         assert not p.requires_grad or p.grad.isfinite().all()
     assert_close(out.ce_sum, want.ce_sum, rtol=0.05, atol=0.1)
 
-    layer = next(m for m in low.hf.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    layer = next(m for m in low.hf.modules() if hasattr(m, "lora_A"))
     merged = layer.base_layer.weight.float() + layer.get_delta_weight("default")
     low.merge()
     assert torch.equal(layer.base_layer.weight, merged.bfloat16())
@@ -1986,9 +1983,9 @@ def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
     ("peft", "import no_such_package", "No module named 'no_such_package'")])
 def test_library_that_does_not_import_is_one_line(package, code, words, tmp_path):
     write(tmp_path / f"{package}.py", code)
-    done = subprocess.run([sys.executable, "-c", "import model; model.load_coat(trainable=True)"],
-                          cwd=HERE, capture_output=True, text=True, timeout=100,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    code = "import model; model.load_coat(trainable=True)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                          timeout=100, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1 and re.fullmatch(f"error: .*{words}.*\n", done.stderr)
 
 
