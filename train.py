@@ -637,8 +637,10 @@ def main():
         raise InputError("the ranks find different rows, audio or checkpoints")
     with together(claim_folder, args):
         train(args, stages, device, sources, plans, config, checkpoint)
-    if WORLD > 1:
+    if WORLD > 1:    # gloo's threads outlive the group, and may abort an interpreter that ends
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
