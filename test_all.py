@@ -1983,14 +1983,14 @@ def test_adapter_that_lacks_tensors_is_refused(written, tmp_path):
     ("peft", "import no_such_package", "No module named 'no_such_package'")])
 def test_library_that_does_not_import_is_one_line(package, code, words, tmp_path):
     write(tmp_path / f"{package}.py", code)
-    code = "import model; model.load_coat(trainable=True)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
-                          timeout=100, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-c", "import model; model.load_coat(trainable=True)"],
+                          cwd=HERE, capture_output=True, text=True, timeout=100,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1 and re.fullmatch(f"error: .*{words}.*\n", done.stderr)
 
 
 def test_transformers_that_is_too_old_ends_in_one_line(monkeypatch):
-    monkeypatch.setattr(model.transformers, "__version__", "5.9.1")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.9.1")
     with pytest.raises(SystemExit, match="^error: transformers 5.9.1 is too old; pip install"):
         runpy.run_path(str(HERE / "model.py"))
 
@@ -2839,7 +2839,7 @@ def judge(replies, raw=False, location=None):
 # fork of this process, which has used its threads, could not train.
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["test_all"])
+PROCESSES.set_forkserver_preload(["test_all", "peft"])    # peft imports transformers' models
 
 
 @pytest.fixture(scope="session", autouse=True)
